@@ -1,0 +1,39 @@
+// Element-wise arithmetic on 8-bit codes.
+#pragma once
+
+#include <cstdint>
+
+namespace qtoolkit::kernels {
+
+// y = clamp(rne(float(a - a_zero_point) * a_multiplier + float(b - b_zero_point) * b_multiplier)
+//           + zero_point, lo, hi), element by element. ReLU is in lo.
+struct AddArgs {
+  const uint8_t* a = nullptr;
+  const uint8_t* b = nullptr;
+  uint8_t* y = nullptr;
+  bool a_signed = false, b_signed = false;
+  int32_t a_zero_point = 0, b_zero_point = 0;
+  float a_multiplier = 1.0f, b_multiplier = 1.0f;
+  int32_t zero_point = 0, lo = 0, hi = 255;  // y holds int8 codes if lo < 0
+};
+void add(const AddArgs& args, int64_t begin, int64_t end);
+
+// y = clamp(rne(float(x - x_zero_point) * multiplier[c] + addend[c]) + zero_point, lo, hi) on rows
+// of `channels` codes, c the position in the row. begin and end count rows. With channels_apart
+// false multiplier[0] and addend[0] serve every channel. addend may be nullptr (nothing is added).
+// It is requantization (also into a slice of a wider row: concatenation) and batch norm.
+struct RequantizeArgs {
+  const uint8_t* x = nullptr;
+  uint8_t* y = nullptr;
+  int64_t channels = 0;
+  int64_t x_row_stride = 0, y_row_stride = 0;  // bytes
+  bool x_signed = false;
+  int32_t x_zero_point = 0;
+  bool channels_apart = false;
+  const float* multiplier = nullptr;
+  const float* addend = nullptr;
+  int32_t zero_point = 0, lo = 0, hi = 255;
+};
+void requantize(const RequantizeArgs& args, int64_t begin, int64_t end);
+
+}  // namespace qtoolkit::kernels

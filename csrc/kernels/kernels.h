@@ -1,0 +1,23 @@
+// Declares every kernel and every path of it: qtoolkit::kernels::<path>::<kernel>.
+#pragma once
+
+#include "kernels/conv2d.h"
+#include "kernels/elementwise.h"
+#include "kernels/pooling.h"
+#include "kernels/quantize.h"
+#include "kernels/statistics.h"
+
+namespace qtoolkit::kernels {
+
+#define QT_KERNEL(kernel, Args) using kernel##_function = void(const Args&, int64_t, int64_t);
+#include "kernels/kernels.inc"
+#undef QT_KERNEL
+
+#define QT_KERNEL_PATH(kernel, path) \
+  namespace path {                   \
+  kernel##_function kernel;          \
+  }
+#include "kernels/kernels.inc"
+#undef QT_KERNEL_PATH
+
+}  // namespace qtoolkit::kernels

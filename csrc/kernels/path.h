@@ -1,0 +1,47 @@
+// Instruction-set paths: which exist, which this CPU can run, and the choice between them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace qtoolkit::kernels {
+
+// In order of preference, the best last. `reference` is the scalar truth and is never chosen by
+// itself; `portable` runs everywhere.
+enum class Path : uint8_t { reference, portable, avx2, avx512vnni };
+
+enum class Kernel : uint8_t {
+#define QT_KERNEL(kernel, Args) kernel,
+#include "kernels/kernels.inc"
+#undef QT_KERNEL
+};
+
+std::string_view name(Path path);
+std::string_view name(Kernel kernel);
+
+// Throws std::invalid_argument that lists the known names.
+Path path_of(std::string_view name);
+Kernel kernel_of(std::string_view name);
+
+std::vector<Kernel> all_kernels();
+
+// True if this CPU (and operating system) can run the path.
+bool supported(Path path);
+
+// The paths that the build has for a kernel, whether or not this CPU can run them.
+std::vector<Path> paths_of(Kernel kernel);
+
+// The path that the next call of the kernel takes: the forced one if there is one, else the best
+// supported one.
+Path selected_path(Kernel kernel);
+
+// Makes every kernel take this path (process-wide; for tests and benchmarks), nullopt ends it. A
+// kernel without that path then throws std::invalid_argument, as does a path this CPU cannot run.
+void force_path(std::optional<Path> path);
+
+// The path of the kernel's latest call in this process, nullopt before the first.
+std::optional<Path> last_path(Kernel kernel);
+
+}  // namespace qtoolkit::kernels
