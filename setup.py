@@ -1,10 +1,11 @@
 """Builds the C++ parts with CMake, which holds the list of sources and flags, into the package.
 
 Environment: QTOOLKIT_CUDA=auto|on|off, QTOOLKIT_TESTS=ON to build the C++ tests too,
-QTOOLKIT_JOBS=<n> compilers at once (the number of cores by default).
+QTOOLKIT_JOBS=<n> compilers at once (the number of cores by default), CMAKE_ARGS for more of CMake's.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ class CMakeBuild(build_ext):
                 f"-DQTOOLKIT_OUTPUT={output}",
                 f"-DQTOOLKIT_CUDA={os.environ.get('QTOOLKIT_CUDA', 'auto')}",
                 f"-DQTOOLKIT_TESTS={os.environ.get('QTOOLKIT_TESTS', 'OFF')}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]
         )
         jobs = os.environ.get("QTOOLKIT_JOBS", str(os.cpu_count() or 1))

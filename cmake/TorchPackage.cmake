@@ -2,7 +2,7 @@
 #
 # find_package(Torch) is not used: with a CUDA build of PyTorch it stops where no CUDA toolkit is
 # installed, though nothing here needs one.
-find_package(Python COMPONENTS Interpreter Development.Module REQUIRED)
+find_package(Python COMPONENTS Interpreter REQUIRED)
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c
           "import torch, os; print(os.path.dirname(torch.__file__), torch.__version__, torch.version.cuda or 'none', int(torch.compiled_with_cxx11_abi()), sep=';')"
@@ -26,3 +26,16 @@ target_compile_definitions(torch_package INTERFACE _GLIBCXX_USE_CXX11_ABI=${torc
 target_link_libraries(torch_package INTERFACE
   "${TORCH_PACKAGE_DIR}/lib/libtorch.so" "${TORCH_PACKAGE_DIR}/lib/libtorch_cpu.so"
   "${TORCH_PACKAGE_DIR}/lib/libc10.so")
+
+# at::parallel_for is a template over OpenMP: compiled without -fopenmp it silently runs on one
+# thread. Linking the runtime that PyTorch brings keeps a second team of threads out of the process.
+file(GLOB torch_gomp "${TORCH_PACKAGE_DIR}/lib/libgomp*.so*" "${TORCH_PACKAGE_DIR}/../torch.libs/libgomp*.so*")
+add_library(torch_openmp INTERFACE IMPORTED)
+if(torch_gomp AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(GET torch_gomp 0 torch_gomp)
+  target_compile_options(torch_openmp INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+  target_link_libraries(torch_openmp INTERFACE "${torch_gomp}")
+else()
+  find_package(OpenMP REQUIRED COMPONENTS CXX)
+  target_link_libraries(torch_openmp INTERFACE OpenMP::OpenMP_CXX)
+endif()

@@ -28,10 +28,15 @@ struct Conv2dShape {
   int64_t kernel_height = 1, kernel_width = 1;
   int64_t stride_height = 1, stride_width = 1;
   int64_t dilation_height = 1, dilation_width = 1;
+  // True if x_pixel_stride is the number of channels, false if pixels lie further apart.
+  bool dense_pixels = true;
 
-  // The taps of one kernel row form runs of contiguous bytes in NHWC: with one group and no
-  // dilation one run of kernel_width * in_channels bytes, else kernel_width runs of in_channels.
-  bool contiguous_rows() const { return groups == 1 && (dilation_width == 1 || kernel_width == 1); }
+  // The taps of one kernel row form runs of contiguous bytes in NHWC: with one group, no dilation
+  // and dense pixels one run of kernel_width * in_channels bytes, else kernel_width runs of
+  // in_channels.
+  bool contiguous_rows() const {
+    return groups == 1 && ((dilation_width == 1 && dense_pixels) || kernel_width == 1);
+  }
   int64_t runs_per_row() const { return contiguous_rows() ? 1 : kernel_width; }
   int64_t run_bytes() const { return (contiguous_rows() ? kernel_width : 1) * in_channels; }
   int64_t run_quads() const { return (run_bytes() + 3) / 4; }
@@ -52,8 +57,9 @@ struct Conv2dArgs {
   Conv2dShape shape;
   const uint8_t* x = nullptr;  // first tap of output pixel (0, 0), channel 0 of group 0
   int64_t x_row_stride = 0, x_pixel_stride = 0;  // bytes
-  const int8_t* weight = nullptr;     // canonical [groups * out_channels, in_channels, kh, kw]
-  const int8_t* packed = nullptr;     // pack_conv2d_weight's; the reference does not read it
+  const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
+  // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
+  const int8_t* packed = nullptr;
   const int32_t* offset = nullptr;    // [padded_channels()]
   const float* multiplier = nullptr;  // [padded_channels()]
 

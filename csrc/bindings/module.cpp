@@ -1,0 +1,102 @@
+// qtoolkit._C: what needs Python and is not a tensor operator.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/formats.h"
+#include "kernels/path.h"
+
+namespace py = pybind11;
+
+namespace qtoolkit::bindings {
+namespace {
+
+using kernels::Path;
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#else
+      "gcc " __VERSION__;
+#endif
+  info["cxx_standard"] = __cplusplus;
+  info["torch"] = TORCH_VERSION;
+  info["cuda"] = static_cast<bool>(QTOOLKIT_CUDA_ENABLED);
+  return info;
+}
+
+std::vector<std::string> names_of(const std::vector<Path>& paths) {
+  std::vector<std::string> names;
+  for (const Path path : paths) names.emplace_back(kernels::name(path));
+  return names;
+}
+
+std::vector<std::string> cpu_paths() {
+  std::vector<Path> paths;
+  for (const Path path : {Path::reference, Path::portable, Path::avx2, Path::avx512vnni}) {
+    if (kernels::supported(path)) paths.push_back(path);
+  }
+  return names_of(paths);
+}
+
+std::vector<std::string> kernel_names() {
+  std::vector<std::string> names;
+  for (const kernels::Kernel kernel : kernels::all_kernels()) {
+    names.emplace_back(kernels::name(kernel));
+  }
+  return names;
+}
+
+std::vector<std::string> kernel_paths(const std::string& kernel) {
+  return names_of(kernels::paths_of(kernels::kernel_of(kernel)));
+}
+
+std::string selected_path(const std::string& kernel) {
+  return std::string(kernels::name(kernels::selected_path(kernels::kernel_of(kernel))));
+}
+
+std::optional<std::string> last_path(const std::string& kernel) {
+  const std::optional<Path> path = kernels::last_path(kernels::kernel_of(kernel));
+  return path ? std::optional(std::string(kernels::name(*path))) : std::nullopt;
+}
+
+void force_path(const std::optional<std::string>& path) {
+  kernels::force_path(path ? std::optional(kernels::path_of(*path)) : std::nullopt);
+}
+
+std::vector<std::tuple<std::string, int, int, int>> format_table() {
+  std::vector<std::tuple<std::string, int, int, int>> table;
+  for (const Format& format : formats()) {
+    table.emplace_back(format.name, format.bits, format.quant_min, format.quant_max);
+  }
+  return table;
+}
+
+}  // namespace
+
+// std::invalid_argument becomes ValueError.
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", build_info,
+        "Compiler, C++ standard, PyTorch built against, and whether CUDA operators were built.");
+  m.def("cpu_paths", cpu_paths, "The instruction-set paths that this CPU can run.");
+  m.def("kernel_names", kernel_names, "The names of all kernels.");
+  m.def("kernel_paths", kernel_paths, py::arg("kernel"),
+        "The paths that this build has for a kernel. ValueError if there is no such kernel.");
+  m.def("selected_path", selected_path, py::arg("kernel"),
+        "The path that the kernel's next call takes.");
+  m.def("last_path", last_path, py::arg("kernel"),
+        "The path of the kernel's latest call in this process, None before the first.");
+  m.def("force_path", force_path, py::arg("path").none(true),
+        "Makes every kernel take this path, for tests and benchmarks; None ends it. ValueError "
+        "if this CPU cannot run it; a kernel without that path then raises when called.");
+  m.def("formats", format_table, "The number formats: (name, bits, quant_min, quant_max).");
+}
+
+}  // namespace qtoolkit::bindings

@@ -1,0 +1,28 @@
+#include "kernels/conv2d_output.h"
+#include "kernels/kernels.h"
+
+namespace qtoolkit::kernels::reference {
+
+void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
+  const Conv2dShape& s = args.shape;
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t column = 0; column < s.out_width; ++column) {
+      for (int64_t channel = 0; channel < s.groups; ++channel) {
+        const int8_t* w = args.weight + channel * s.kernel_height * s.kernel_width;
+        int32_t acc = args.offset[channel];
+        for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+          for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+            const int64_t y = row * s.stride_height + ky * s.dilation_height;
+            const int64_t x = column * s.stride_width + kx * s.dilation_width;
+            acc +=
+                int32_t{args.x[y * args.x_row_stride + x * args.x_pixel_stride + channel]} * *w++;
+          }
+        }
+        store_conv2d_output(args, row * s.out_width + column, channel, acc,
+                            args.multiplier[channel]);
+      }
+    }
+  }
+}
+
+}  // namespace qtoolkit::kernels::reference

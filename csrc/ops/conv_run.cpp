@@ -1,0 +1,139 @@
+#include "ops/conv_run.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "ops/parallel.h"
+#include "ops/weight_cache.h"
+
+namespace qtoolkit::ops {
+namespace {
+
+using kernels::Conv2dArgs;
+
+// A buffer of the calling thread, aligned to cache lines, that grows and is kept.
+uint8_t* scratch(int64_t bytes) {
+  struct Buffer {
+    std::unique_ptr<void, FreeDeleter> memory;
+    int64_t bytes = 0;
+  };
+  thread_local Buffer buffer;
+  if (buffer.bytes < bytes) {
+    constexpr int64_t kAlignment = 64;
+    const int64_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    buffer = {};
+    buffer.memory.reset(std::aligned_alloc(kAlignment, static_cast<size_t>(size)));
+    if (buffer.memory == nullptr) throw std::bad_alloc();
+    buffer.bytes = size;
+  }
+  return static_cast<uint8_t*>(buffer.memory.get());
+}
+
+// The images as the kernel reads them: where they lie, or a copy with a border.
+class Source {
+ public:
+  Source(const ConvImages& images, const kernels::Conv2dShape& shape, bool depthwise)
+      : images_(images),
+        height_(images.height + 2 * images.padding_height),
+        row_bytes_((images.width + 2 * images.padding_width) * images.channels),
+        copies_(images.padding_height > 0 || images.padding_width > 0 || images.is_signed ||
+                (!depthwise && shape.overreads())) {}
+
+  bool copies() const { return copies_; }
+  int64_t height() const { return height_; }
+  int64_t row_bytes() const { return row_bytes_; }
+  int64_t copy_bytes() const { return height_ * row_bytes_ + kernels::kOverread; }
+  const uint8_t* image(int64_t n) const {
+    return images_.x + n * images_.height * images_.width * images_.channels;
+  }
+
+  // Rows [begin, end) of the copy of image n, border included.
+  void copy_rows(int64_t n, uint8_t* copy, int64_t begin, int64_t end) const {
+    const int64_t side = images_.padding_width * images_.channels;
+    const int64_t inner = images_.width * images_.channels;
+    for (int64_t row = begin; row < end; ++row) {
+      uint8_t* const to = copy + row * row_bytes_;
+      const int64_t from_row = row - images_.padding_height;
+      if (from_row < 0 || from_row >= images_.height) {
+        std::memset(to, images_.border, static_cast<size_t>(row_bytes_));
+        continue;
+      }
+      const uint8_t* const from = image(n) + from_row * inner;
+      std::memset(to, images_.border, static_cast<size_t>(side));
+      if (images_.is_signed) {
+        for (int64_t i = 0; i < inner; ++i) to[side + i] = from[i] ^ 0x80;
+      } else {
+        std::memcpy(to + side, from, static_cast<size_t>(inner));
+      }
+      std::memset(to + side + inner, images_.border, static_cast<size_t>(side));
+    }
+  }
+
+ private:
+  const ConvImages& images_;
+  int64_t height_, row_bytes_;
+  bool copies_;
+};
+
+}  // namespace
+
+void run_conv2d(const Conv2dArgs& args, const ConvImages& images, bool depthwise) {
+  const kernels::Conv2dShape& shape = args.shape;
+  const Source source(images, shape, depthwise);
+  const int64_t units = depthwise ? shape.out_height : kernels::conv2d_units(shape);
+  const int64_t taps = shape.in_channels * shape.kernel_height * shape.kernel_width;
+  const int64_t unit_cost = depthwise ? shape.out_width * shape.groups * taps
+                                      : kernels::kTilePixels * kernels::kChannelBlock * taps;
+  const int64_t grain = grain_of(kMultiplyGrain, unit_cost);
+
+  const auto run = [&](int64_t n, const uint8_t* x, int64_t begin, int64_t end) {
+    Conv2dArgs own = args;
+    own.x = x;
+    own.x_row_stride = source.row_bytes();
+    own.x_pixel_stride = images.channels;
+    const int64_t skip = n * shape.pixels();
+    const int64_t y_bytes = args.output == kernels::Conv2dOutput::codes ? 1 : sizeof(float);
+    own.y = static_cast<uint8_t*>(args.y) + skip * args.y_pixel_stride * y_bytes;
+    if (args.residual != nullptr) {
+      own.residual = static_cast<const uint8_t*>(args.residual) + skip * args.residual_pixel_stride;
+    }
+    if (depthwise) {
+      kernels::conv2d_depthwise(own, begin, end);
+    } else {
+      kernels::conv2d(own, begin, end);
+    }
+  };
+
+  // Few images that need a copy: all threads copy one, then all compute on it.
+  if (source.copies() && images.batch < at::get_num_threads()) {
+    uint8_t* const copy = scratch(source.copy_bytes());
+    const int64_t copy_grain = grain_of(kElementGrain, source.row_bytes());
+    for (int64_t n = 0; n < images.batch; ++n) {
+      at::parallel_for(0, source.height(), copy_grain,
+                       [&](int64_t begin, int64_t end) { source.copy_rows(n, copy, begin, end); });
+      at::parallel_for(0, units, grain,
+                       [&](int64_t begin, int64_t end) { run(n, copy, begin, end); });
+    }
+    return;
+  }
+  // Else the units of all images in one region; a thread copies the images that it works on.
+  at::parallel_for(0, images.batch * units, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t n = begin / units;
+      const int64_t first = begin % units;
+      const int64_t last = std::min(units, first + end - begin);
+      const uint8_t* x = source.image(n);
+      if (source.copies()) {
+        uint8_t* const copy = scratch(source.copy_bytes());
+        source.copy_rows(n, copy, 0, source.height());
+        x = copy;
+      }
+      run(n, x, first, last);
+      begin += last - first;
+    }
+  });
+}
+
+}  // namespace qtoolkit::ops

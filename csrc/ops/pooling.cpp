@@ -1,0 +1,296 @@
+// Pooling of 8-bit codes. The output is channels_last.
+#include "kernels/pooling.h"
+
+#include <torch/library.h>
+
+#include <limits>
+#include <vector>
+
+#include "ops/checks.h"
+#include "ops/layout.h"
+#include "ops/parallel.h"
+
+namespace qtoolkit::ops {
+namespace {
+
+constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
+
+// One dimension of a pooling operator, as torch.nn.functional has it.
+struct Window {
+  int64_t kernel, stride, padding, dilation;
+  bool ceil_mode;
+
+  int64_t extent() const { return (kernel - 1) * dilation + 1; }
+};
+
+c10::SymInt output_size(const char* op, const c10::SymInt& size, const Window& window) {
+  TORCH_CHECK_VALUE(size > 0, "qtoolkit::", op, ": only the batch of x may be empty");
+  // In ceil mode a last partial window counts if it starts inside the input or its left padding.
+  const c10::SymInt room =
+      size + 2 * window.padding - window.extent() + (window.ceil_mode ? window.stride - 1 : 0);
+  TORCH_CHECK_VALUE(room >= 0, "qtoolkit::", op, ": the window of ", window.extent(),
+                    " (dilation included) is larger than the padded input's ",
+                    size + 2 * window.padding);
+  c10::SymInt count = room / window.stride + 1;
+  if (window.ceil_mode && (count - 1) * window.stride >= size + window.padding) count = count - 1;
+  return count;
+}
+
+struct Windows {
+  Window rows, columns;
+};
+
+Windows check_windows(const char* op, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                      at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  if (stride.empty()) stride = kernel_size;
+  check_pair(op, "kernel_size", kernel_size, 1);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  const Windows windows = {{kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode},
+                           {kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode}};
+  for (const Window& window : {windows.rows, windows.columns}) {
+    TORCH_CHECK_VALUE(window.padding <= window.extent() / 2, "qtoolkit::", op,
+                      ": padding must be at most half the kernel, got padding ", padding,
+                      " and kernel_size ", kernel_size);
+  }
+  return windows;
+}
+
+// Begin and end of each window, cut to the input.
+struct Spans {
+  std::vector<int64_t> begin, end;
+};
+
+struct Divided : Spans {
+  std::vector<int64_t> divisor;
+};
+
+Spans max_spans(int64_t size, int64_t count, const Window& window) {
+  Spans spans;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t begin = i * window.stride - window.padding;
+    const int64_t end = std::min(begin + window.extent(), size);
+    if (begin < 0) begin += (-begin + window.dilation - 1) / window.dilation * window.dilation;
+    TORCH_CHECK_VALUE(begin < end, "qtoolkit::max_pool2d: window ", i,
+                      " lies in the padding alone; use less padding or dilation");
+    spans.begin.push_back(begin);
+    spans.end.push_back(end);
+  }
+  return spans;
+}
+
+Divided average_spans(int64_t size, int64_t count, const Window& window, bool count_include_pad) {
+  Divided spans;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = i * window.stride - window.padding;
+    const int64_t stop = std::min(start + window.kernel, size + window.padding);
+    spans.begin.push_back(std::max<int64_t>(start, 0));
+    spans.end.push_back(std::min(stop, size));
+    spans.divisor.push_back(count_include_pad ? stop - start
+                                              : spans.end.back() - spans.begin.back());
+  }
+  return spans;
+}
+
+Divided adaptive_spans(int64_t size, int64_t count) {
+  Divided spans;
+  for (int64_t i = 0; i < count; ++i) {
+    spans.begin.push_back(i * size / count);
+    spans.end.push_back(((i + 1) * size + count - 1) / count);
+    spans.divisor.push_back(spans.end.back() - spans.begin.back());
+  }
+  return spans;
+}
+
+Tensor max_pool2d_meta(const Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                       at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  constexpr const char* op = "max_pool2d";
+  check_codes(op, "x", x);
+  check_rank(op, "x", x, 4);
+  const Windows windows = check_windows(op, kernel_size, stride, padding, dilation, ceil_mode);
+  return empty_beside(x,
+                      {x.sym_size(0), x.sym_size(1), output_size(op, x.sym_size(2), windows.rows),
+                       output_size(op, x.sym_size(3), windows.columns)},
+                      x.scalar_type(), kFormat);
+}
+
+Tensor avg_pool2d_meta(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point,
+                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                       bool ceil_mode, bool /*count_include_pad*/,
+                       std::optional<int64_t> divisor_override, const Tensor& y_scale,
+                       const Tensor& y_zero_point, int64_t quant_min, int64_t quant_max) {
+  constexpr const char* op = "avg_pool2d";
+  check_codes(op, "x", x);
+  check_rank(op, "x", x, 4);
+  check_qparams(op, "x_", x_scale, x_zero_point, x);
+  check_qparams(op, "y_", y_scale, y_zero_point, x);
+  const CodeRange range = check_quant_range(op, quant_min, quant_max);
+  const Windows windows = check_windows(op, kernel_size, stride, padding, {1, 1}, ceil_mode);
+  TORCH_CHECK_VALUE(!divisor_override || *divisor_override > 0,
+                    "qtoolkit::avg_pool2d: divisor_override must be positive, got ",
+                    divisor_override.value_or(0));
+  return empty_beside(x,
+                      {x.sym_size(0), x.sym_size(1), output_size(op, x.sym_size(2), windows.rows),
+                       output_size(op, x.sym_size(3), windows.columns)},
+                      range.dtype(), kFormat);
+}
+
+Tensor adaptive_avg_pool2d_meta(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point,
+                                at::IntArrayRef output_size, const Tensor& y_scale,
+                                const Tensor& y_zero_point, int64_t quant_min, int64_t quant_max) {
+  constexpr const char* op = "adaptive_avg_pool2d";
+  check_codes(op, "x", x);
+  check_rank(op, "x", x, 4);
+  TORCH_CHECK_VALUE(x.sym_size(2) > 0 && x.sym_size(3) > 0,
+                    "qtoolkit::adaptive_avg_pool2d: only the batch of x may be empty, got ",
+                    describe(x));
+  check_qparams(op, "x_", x_scale, x_zero_point, x);
+  check_qparams(op, "y_", y_scale, y_zero_point, x);
+  check_pair(op, "output_size", output_size, 1);
+  const CodeRange range = check_quant_range(op, quant_min, quant_max);
+  return empty_beside(x, {x.sym_size(0), x.sym_size(1), output_size[0], output_size[1]},
+                      range.dtype(), kFormat);
+}
+
+Tensor max_pool2d_cpu(const Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                      at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  Tensor y = max_pool2d_meta(x, kernel_size, stride, padding, dilation, ceil_mode);
+  const Windows windows =
+      check_windows("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
+  const Tensor dense = x.contiguous(kFormat);
+  const Spans rows = max_spans(x.size(2), y.size(2), windows.rows);
+  const Spans columns = max_spans(x.size(3), y.size(3), windows.columns);
+  const kernels::MaxPool2dArgs args{.x = static_cast<const uint8_t*>(dense.const_data_ptr()),
+                                    .y = static_cast<uint8_t*>(y.mutable_data_ptr()),
+                                    .is_signed = x.scalar_type() == at::kChar,
+                                    .height = x.size(2),
+                                    .width = x.size(3),
+                                    .channels = x.size(1),
+                                    .out_height = y.size(2),
+                                    .out_width = y.size(3),
+                                    .row_begin = rows.begin.data(),
+                                    .row_end = rows.end.data(),
+                                    .row_step = dilation[0],
+                                    .column_begin = columns.begin.data(),
+                                    .column_end = columns.end.data(),
+                                    .column_step = dilation[1]};
+  if (y.numel() == 0) return y;
+  const int64_t row_cost = y.size(3) * y.size(1) * kernel_size[0] * kernel_size[1];
+  at::parallel_for(0, y.size(0) * y.size(2), grain_of(kElementGrain, row_cost),
+                   [&](int64_t begin, int64_t end) { kernels::max_pool2d(args, begin, end); });
+  return y;
+}
+
+// Fills y, the output of a checked operator.
+void average_into(const char* op, const Tensor& y, const Tensor& x, const Divided& rows,
+                  const Divided& columns, const QParams& x_qparams, const QParams& y_qparams,
+                  CodeRange range) {
+  if (y.numel() == 0) return;
+  int64_t row_span = 0;
+  int64_t column_span = 0;
+  for (size_t i = 0; i < rows.begin.size(); ++i) {
+    row_span = std::max(row_span, rows.end[i] - rows.begin[i]);
+  }
+  for (size_t i = 0; i < columns.begin.size(); ++i) {
+    column_span = std::max(column_span, columns.end[i] - columns.begin[i]);
+  }
+  constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max() / 255;
+  TORCH_CHECK_VALUE(row_span <= kMostPixels / column_span, "qtoolkit::", op, ": a window of ",
+                    row_span, " x ", column_span, " pixels could overflow the int32 sum");
+  const Tensor dense = x.contiguous(kFormat);
+  // Checks that the quotient fits float32; the kernel divides it further.
+  multiplier(op, x_qparams.scale, y_qparams.scale);
+  const kernels::AvgPool2dArgs args{
+      .x = static_cast<const uint8_t*>(dense.const_data_ptr()),
+      .y = static_cast<uint8_t*>(y.mutable_data_ptr()),
+      .x_signed = x.scalar_type() == at::kChar,
+      .height = x.size(2),
+      .width = x.size(3),
+      .channels = x.size(1),
+      .out_height = y.size(2),
+      .out_width = y.size(3),
+      .row_begin = rows.begin.data(),
+      .row_end = rows.end.data(),
+      .column_begin = columns.begin.data(),
+      .column_end = columns.end.data(),
+      .row_divisor = rows.divisor.data(),
+      .column_divisor = columns.divisor.data(),
+      .multiplier = static_cast<double>(x_qparams.scale) / y_qparams.scale,
+      .x_zero_point = x_qparams.zero_point,
+      .zero_point = y_qparams.zero_point,
+      .lo = range.min,
+      .hi = range.max};
+  const int64_t row_cost = y.size(3) * y.size(1) * row_span * column_span;
+  at::parallel_for(0, y.size(0) * y.size(2), grain_of(kElementGrain, row_cost),
+                   [&](int64_t begin, int64_t end) { kernels::avg_pool2d(args, begin, end); });
+}
+
+Tensor avg_pool2d_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point,
+                      at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      bool ceil_mode, bool count_include_pad,
+                      std::optional<int64_t> divisor_override, const Tensor& y_scale,
+                      const Tensor& y_zero_point, int64_t quant_min, int64_t quant_max) {
+  constexpr const char* op = "avg_pool2d";
+  Tensor y = avg_pool2d_meta(x, x_scale, x_zero_point, kernel_size, stride, padding, ceil_mode,
+                             count_include_pad, divisor_override, y_scale, y_zero_point, quant_min,
+                             quant_max);
+  const CodeRange range = check_quant_range(op, quant_min, quant_max);
+  const QParams x_qparams = read_qparams(op, "x_", x_scale, x_zero_point, check_codes(op, "x", x));
+  const QParams y_qparams = read_qparams(op, "y_", y_scale, y_zero_point, range);
+  const Windows windows = check_windows(op, kernel_size, stride, padding, {1, 1}, ceil_mode);
+  Divided rows = average_spans(x.size(2), y.size(2), windows.rows, count_include_pad);
+  Divided columns = average_spans(x.size(3), y.size(3), windows.columns, count_include_pad);
+  if (divisor_override) {
+    rows.divisor.assign(rows.divisor.size(), *divisor_override);
+    columns.divisor.assign(columns.divisor.size(), 1);
+  }
+  average_into(op, y, x, rows, columns, x_qparams, y_qparams, range);
+  return y;
+}
+
+Tensor adaptive_avg_pool2d_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point,
+                               at::IntArrayRef output_size, const Tensor& y_scale,
+                               const Tensor& y_zero_point, int64_t quant_min, int64_t quant_max) {
+  constexpr const char* op = "adaptive_avg_pool2d";
+  Tensor y = adaptive_avg_pool2d_meta(x, x_scale, x_zero_point, output_size, y_scale, y_zero_point,
+                                      quant_min, quant_max);
+  const CodeRange range = check_quant_range(op, quant_min, quant_max);
+  const QParams x_qparams = read_qparams(op, "x_", x_scale, x_zero_point, check_codes(op, "x", x));
+  const QParams y_qparams = read_qparams(op, "y_", y_scale, y_zero_point, range);
+  average_into(op, y, x, adaptive_spans(x.size(2), output_size[0]),
+               adaptive_spans(x.size(3), output_size[1]), x_qparams, y_qparams, range);
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool ceil_mode) -> Tensor",
+      tags);
+  m.def(
+      "avg_pool2d(Tensor x, Tensor x_scale, Tensor x_zero_point, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
+      "int? divisor_override, Tensor y_scale, Tensor y_zero_point, int quant_min, int quant_max) "
+      "-> Tensor",
+      tags);
+  m.def(
+      "adaptive_avg_pool2d(Tensor x, Tensor x_scale, Tensor x_zero_point, int[2] output_size, "
+      "Tensor y_scale, Tensor y_zero_point, int quant_min, int quant_max) -> Tensor",
+      tags);
+}
+TORCH_LIBRARY_IMPL(qtoolkit, Meta, m) {
+  m.impl("max_pool2d", max_pool2d_meta);
+  m.impl("avg_pool2d", avg_pool2d_meta);
+  m.impl("adaptive_avg_pool2d", adaptive_avg_pool2d_meta);
+}
+TORCH_LIBRARY_IMPL(qtoolkit, CPU, m) {
+  m.impl("max_pool2d", max_pool2d_cpu);
+  m.impl("avg_pool2d", avg_pool2d_cpu);
+  m.impl("adaptive_avg_pool2d", adaptive_avg_pool2d_cpu);
+}
+
+}  // namespace qtoolkit::ops

@@ -1,0 +1,57 @@
+"""qtoolkit: quantization for PyTorch, from a float model to a verified low-precision one.
+
+    import qtoolkit as qt
+
+    prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), example_inputs=(x,))
+    qt.calibrate(prepared, loader, max_batches=32)
+    quantized = qt.convert(prepared)
+    qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
+"""
+
+from qtoolkit import _library  # isort: skip  (loads the operators, which the rest needs)
+from qtoolkit import export, nn, observers, ops
+from qtoolkit._version import __version__
+from qtoolkit.compare import compare
+from qtoolkit.explain import explain
+from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.metrics import evaluate, model_size
+from qtoolkit.qconfig import (
+    QConfig,
+    QConfigMapping,
+    TensorSpec,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
+from qtoolkit.workflow import (
+    calibrate,
+    convert,
+    freeze_bn,
+    freeze_observers,
+    prepare,
+    prepare_qat,
+)
+
+__all__ = [
+    "FakeQuantize",
+    "QConfig",
+    "QConfigMapping",
+    "TensorSpec",
+    "__version__",
+    "_library",
+    "calibrate",
+    "compare",
+    "convert",
+    "evaluate",
+    "explain",
+    "export",
+    "freeze_bn",
+    "freeze_observers",
+    "get_default_qat_qconfig_mapping",
+    "get_default_qconfig_mapping",
+    "model_size",
+    "nn",
+    "observers",
+    "ops",
+    "prepare",
+    "prepare_qat",
+]

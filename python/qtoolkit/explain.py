@@ -1,0 +1,93 @@
+"""Which layer computes how, and what stayed in float and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from qtoolkit import _C
+from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.graph.prepare import is_observer
+from qtoolkit.graph.report import get_report
+from qtoolkit.nn.base import QuantizedModule
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One layer.
+
+    Attributes:
+        name: dotted name in the float model.
+        kind: class of the layer, or name of the function.
+        format: what it reads and writes, such as ``"uint8 x int8 -> uint8"``, or ``"float32"``.
+        kernel: the kernel and the instruction-set path that computes it here; empty in float.
+        reason: why it stayed in float; empty if it did not.
+    """
+
+    name: str
+    kind: str
+    format: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The layers of a model; ``print`` it for a table."""
+
+    layers: tuple[LayerExplanation, ...]
+
+    @property
+    def float_layers(self) -> tuple[LayerExplanation, ...]:
+        """The layers that stayed in float, with the reasons."""
+        return tuple(layer for layer in self.layers if layer.reason)
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "format", "kernel, or why it is float")]
+        rows += [
+            (layer.name, layer.kind, layer.format, layer.reason or layer.kernel)
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip()
+            for row in rows
+        )
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Explains a prepared or converted model, layer by layer.
+
+    Raises:
+        ValueError: the model is neither.
+    """
+    report = get_report(model)
+    if report is None:
+        raise ValueError("explain needs the result of qt.prepare, qt.prepare_qat or qt.convert")
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            kernel = module.kernel
+            path = f"{kernel} ({_C.selected_path(kernel)})" if kernel else ""
+            layers.append(
+                LayerExplanation(
+                    module.source or name, type(module).__name__, module.formats(), path
+                )
+            )
+        elif isinstance(module, FakeQuantize) or is_observer(module):
+            kind = "fake-quantize" if isinstance(module, FakeQuantize) else "observed"
+            spec = module.spec
+            layers.append(
+                LayerExplanation(
+                    str(module.name) or name,
+                    type(module).__name__,
+                    str(spec.format),  # type: ignore[union-attr]
+                    f"{kind}, {spec.granularity}",  # type: ignore[union-attr]
+                )
+            )
+    layers += [
+        LayerExplanation(layer.name, layer.kind, "float32", "", layer.reason)
+        for layer in report.uncaptured + report.floats
+    ]
+    return Explanation(tuple(layers))

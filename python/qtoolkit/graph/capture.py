@@ -1,0 +1,215 @@
+"""Graph capture: from a model to ``torch.fx`` graphs of as much of it as can be traced.
+
+A module whose ``forward`` cannot be traced keeps it; capture goes on inside its children. Each captured
+part is a ``GraphModule`` at the place of the module it came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class Uncaptured:
+    """A module whose ``forward`` stays as it is, in float.
+
+    Attributes:
+        name: its dotted name, empty for the model itself.
+        kind: its class.
+        reason: why it could not be traced.
+        location: ``file:line`` of the statement that stopped the tracer, or empty.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    location: str
+
+
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+
+
+def _location(error: BaseException) -> str:
+    """Where in the user's code an error arose: the innermost frame outside PyTorch and this file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename != __file__:
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+class _Tracer(fx.Tracer):
+    """Traces into every module but torch.nn's own and those whose ``forward`` fails."""
+
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.uncaptured: dict[str, Uncaptured] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.uncaptured or isinstance(m, torch.jit.ScriptModule):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        last = next(iter(reversed(self.graph.nodes)), None)
+        stack = self.module_stack.copy()
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            name = self.path_of_module(m)
+            if self.is_leaf_module(m, name):
+                raise
+            # What the failed forward had recorded is taken back, and the module becomes one node.
+            for node in reversed(self.graph.nodes):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            self.module_stack = stack
+            self.uncaptured[name] = Uncaptured(
+                self.prefix + name, type(m).__qualname__, _reason(error), _location(error)
+            )
+            return super().call_module(m, forward, args, kwargs)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _is_builtin(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+
+
+def _capture_children(module: nn.Module, name: str, uncaptured: list[Uncaptured]) -> None:
+    for child_name, child in list(module.named_children()):
+        captured = _capture(child, _join(name, child_name), uncaptured)
+        if captured is not child:
+            setattr(module, child_name, captured)
+
+
+def _capture(module: nn.Module, name: str, uncaptured: list[Uncaptured]) -> nn.Module:
+    if isinstance(module, torch.jit.ScriptModule):
+        uncaptured.append(
+            Uncaptured(name, "ScriptModule", "a TorchScript module has no Python code", "")
+        )
+        return module
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        _capture_children(module, name, uncaptured)
+        return module
+    if name and _is_builtin(module):
+        return _wrap(module) if isinstance(module, nn.Conv2d | nn.Linear) else module
+    tracer = _Tracer(name + "." if name else "")
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:
+        uncaptured.append(
+            Uncaptured(name, type(module).__qualname__, _reason(error), _location(error))
+        )
+        _capture_children(module, name, uncaptured)
+        return module
+    for node in graph.nodes:
+        # An annotation that is a string (postponed evaluation) means nothing in generated code.
+        if isinstance(node.type, str):
+            node.type = None
+    result = fx.GraphModule(tracer.root, graph, type(module).__name__)
+    result.train(module.training)
+    for leaf_name, entry in tracer.uncaptured.items():
+        uncaptured.append(entry)
+        _capture_children(result.get_submodule(leaf_name), entry.name, uncaptured)
+    return result
+
+
+def _wrap(module: nn.Module) -> nn.Module:
+    """A graph that holds one call of a layer, for an uncaptured parent that calls it itself."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("module", (x,)))
+    root = nn.Module()
+    root.add_module("module", module)
+    result = fx.GraphModule(root, graph, type(module).__name__)
+    result.train(module.training)
+    return result
+
+
+def graph_modules(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The captured parts of a model, outermost first, with their dotted names."""
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            yield name, module
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or a == b
+
+
+def capture(
+    model: nn.Module, example_inputs: tuple[Any, ...]
+) -> tuple[nn.Module, list[Uncaptured]]:
+    """Captures a copy of a model in evaluation mode; the model itself is not changed.
+
+    The result is run on the example inputs and compared with the model, because a tracer can follow
+    the wrong branch without noticing; where they differ, less is captured.
+
+    Returns:
+        The captured copy, and the modules whose ``forward`` could not be captured.
+
+    Raises:
+        RuntimeError: the model itself fails on the example inputs.
+    """
+    original = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            expected = original(*copy.deepcopy(example_inputs))
+    except Exception as error:
+        raise RuntimeError(
+            f"the model failed on the example inputs ({_reason(error)}); example_inputs must be what "
+            "the model's forward takes, as a tuple"
+        ) from error
+
+    uncaptured: list[Uncaptured] = []
+    failure = ""
+    captured = _capture(copy.deepcopy(original), "", uncaptured)
+    try:
+        with torch.no_grad():
+            if _same(captured(*copy.deepcopy(example_inputs)), expected):
+                return captured, uncaptured
+        failure = "the traced graph computes something else on the example inputs"
+    except Exception as error:
+        failure = f"the traced graph fails on the example inputs ({_reason(error)})"
+
+    # The trace of the whole is wrong: keep the model's own forward, try its children.
+    uncaptured = [Uncaptured("", type(model).__qualname__, failure, "")]
+    captured = copy.deepcopy(original)
+    _capture_children(captured, "", uncaptured)
+    try:
+        with torch.no_grad():
+            if _same(captured(*copy.deepcopy(example_inputs)), expected):
+                return captured, uncaptured
+    except Exception as error:
+        failure = f"{failure}; its children's fail too ({_reason(error)})"
+    return original, [Uncaptured("", type(model).__qualname__, failure, "")]

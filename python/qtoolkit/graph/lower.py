@@ -1,0 +1,182 @@
+"""Turns a calibrated or trained graph into one that computes on codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.graph.normalize import free_name
+from qtoolkit.graph.patterns import Match, called_module
+from qtoolkit.graph.prepare import find_matches, is_observer
+from qtoolkit.graph.report import FloatLayer, Report
+from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
+from qtoolkit.nn.base import QParams, QuantizedModule
+from qtoolkit.nn.elementwise import Dequantize, Quantize
+from qtoolkit.observers import Observer
+
+
+def observer_qparams(observer: nn.Module) -> QParams:
+    """What an observer or fake-quantize module found for its activation.
+
+    Raises:
+        RuntimeError: it has seen no data; names the layer.
+        ValueError: it has seen NaN or infinite values; names the layer.
+    """
+    assert isinstance(observer, Observer | FakeQuantize)
+    scale, zero_point = observer.calculate_qparams()
+    return QParams(scale, zero_point, observer.spec.quant_min, observer.spec.quant_max)
+
+
+class _Lowering:
+    """One graph on its way from float to codes."""
+
+    def __init__(self, module: fx.GraphModule, prefix: str, report: Report) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.prefix = prefix
+        self.report = report
+        #: The nodes whose value is codes, with their quantization.
+        self.codes: dict[fx.Node, QParams] = {}
+        self.dequantized: dict[fx.Node, fx.Node] = {}
+        #: What stands for a node that is gone; matches name nodes of the graph as it was.
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        matches = {match.output: match for match in find_matches(self.module)}
+        inner = {node for match in matches.values() for node in match.nodes}
+        for node in list(self.graph.nodes):
+            if node in matches:
+                self._lower_layer(matches[node])
+            elif node in inner:
+                continue
+            elif is_observer(called_module(node, self.module)):
+                self._lower_observer(node)
+            elif keeps_values(node, self.module) and node.args and node.args[0] in self.codes:
+                self._lower_same_values(node)
+            elif not asks_fact(node):
+                self._use_float_inputs(node)
+        self.graph.eliminate_dead_code()
+        self.module.delete_all_unused_submodules()
+        self.graph.lint()
+        self.module.recompile()
+
+    def _replace(self, node: fx.Node, new: fx.Node) -> None:
+        node.replace_all_uses_with(new)
+        self.replaced[node] = new
+
+    def _observer_after(self, node: fx.Node) -> nn.Module | None:
+        for user in node.users:
+            called = called_module(user, self.module)
+            if is_observer(called):
+                return called
+        return None
+
+    def _lower_layer(self, match: Match) -> None:
+        anchor = called_module(match.anchor, self.module)
+        assert anchor is not None
+        # Every input passed an observer, so it is codes; see prepare.
+        inputs = [self.replaced.get(node, node) for node in match.inputs]
+        qparams = [self.codes[node] for node in inputs]
+        observer = self._observer_after(match.output)
+        output = None if observer is None else observer_qparams(observer)
+        # Without an observer the result is float32; a bound other than ReLU's stays a layer.
+        last = match.output
+        keep_bound = output is None and match.upper is not None
+        lowered = match.pattern.lower(
+            match, self.module, anchor.qconfig, qparams, output  # type: ignore[arg-type]
+        )
+        assert isinstance(lowered, QuantizedModule)
+        lowered.source = str(anchor.source)
+        lowered.float_node = str(anchor.float_node)
+        if keep_bound:
+            lowered.relu = False
+            lowered.float_node = ""
+        name = str(match.anchor.target)
+        self.module.set_submodule(name, lowered)
+        with self.graph.inserting_before(last):
+            call = self.graph.call_module(name, match.pattern.arguments(match, inputs))
+        if keep_bound:
+            last.args = (call,)
+            doomed = match.nodes[:-1]
+        else:
+            self._replace(last, call)
+            doomed = match.nodes
+        for node in reversed(doomed):
+            self.graph.erase_node(node)
+        if output is not None:
+            self.codes[call] = output
+
+    def _lower_observer(self, node: fx.Node) -> None:
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        if value not in self.codes:
+            observer = called_module(node, self.module)
+            assert observer is not None
+            qparams = observer_qparams(observer)
+            quantize = Quantize(qparams)
+            quantize.source = str(observer.name)
+            name = free_name(self.module, f"{value.name}_quantize")
+            self.module.add_submodule(name, quantize)
+            with self.graph.inserting_before(node):
+                call = self.graph.call_module(name, (value,))
+            self.codes[call] = qparams
+            value = call
+        self._replace(node, value)
+        self.graph.erase_node(node)
+
+    def _lower_same_values(self, node: fx.Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        self.codes[node] = self.codes[source]
+        if isinstance(called_module(node, self.module), nn.Identity | nn.modules.dropout._DropoutNd):
+            self._replace(node, source)
+            self.graph.erase_node(node)
+            return
+        lowered = lower_same_values(node, self.module)
+        if isinstance(lowered, str):
+            node.target = lowered
+        elif lowered is not None:
+            lowered.source = self.prefix + str(node.target)
+            name = free_name(self.module, node.name)
+            self.module.add_submodule(name, lowered)
+            node.target = name
+
+    def _use_float_inputs(self, node: fx.Node) -> None:
+        """Dequantizes what a float layer or the output reads."""
+        used = [arg for arg in node.all_input_nodes if arg in self.codes]
+        for arg in used:
+            node.replace_input_with(arg, self._dequantize(arg))
+        if used and node.op not in ("output", "placeholder"):
+            kind, reason = self._describe(node)
+            self._add_float_layer(self.prefix + self._name_of(node), kind, reason)
+
+    def _dequantize(self, node: fx.Node) -> fx.Node:
+        if node not in self.dequantized:
+            name = free_name(self.module, f"{node.name}_dequantize")
+            self.module.add_submodule(name, Dequantize(self.codes[node]))
+            with self.graph.inserting_after(node):
+                self.dequantized[node] = self.graph.call_module(name, (node,))
+        return self.dequantized[node]
+
+    def _name_of(self, node: fx.Node) -> str:
+        return str(node.target) if node.op == "call_module" else node.name
+
+    def _describe(self, node: fx.Node) -> tuple[str, str]:
+        called = called_module(node, self.module)
+        if called is not None:
+            kind = type(called).__name__
+        else:
+            kind = str(getattr(node.target, "__name__", node.target))
+        return kind, f"no integer kernel for {kind}"
+
+    def _add_float_layer(self, name: str, kind: str, reason: str) -> None:
+        known = {layer.name for layer in self.report.floats + self.report.uncaptured}
+        if name not in known:
+            self.report.floats.append(FloatLayer(name, kind, reason))
+
+
+def lower_graph(module: fx.GraphModule, prefix: str, report: Report) -> None:
+    """Rewrites a prepared graph in place; ``report`` gets the layers that stay in float."""
+    with torch.no_grad():
+        _Lowering(module, prefix, report).run()

@@ -1,0 +1,34 @@
+"""The layers that can be quantized; one file for each kind.
+
+The order of the imports is the order of precedence.
+"""
+
+# isort: off
+from qtoolkit.graph.patterns import conv, linear, add, cat, batch_norm, relu, avg_pool
+# isort: on
+from qtoolkit.graph.patterns.registry import (
+    AsModule,
+    Match,
+    Pattern,
+    called_module,
+    pattern_of,
+    patterns,
+    register_pattern,
+)
+
+__all__ = [
+    "AsModule",
+    "Match",
+    "Pattern",
+    "add",
+    "avg_pool",
+    "batch_norm",
+    "called_module",
+    "cat",
+    "conv",
+    "linear",
+    "pattern_of",
+    "patterns",
+    "register_pattern",
+    "relu",
+]

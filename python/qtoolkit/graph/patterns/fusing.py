@@ -1,0 +1,70 @@
+"""What may follow a layer and be computed in its epilogue: batch norm, addition, ReLU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from qtoolkit.nn import functional
+from qtoolkit.graph.patterns.registry import called_module
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that uses a value, None if there are several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def relu_bound(module: nn.Module | None) -> tuple[bool, float | None]:
+    """Whether a module is a ReLU that can be fused, and its upper bound."""
+    if isinstance(module, nn.Hardtanh):  # nn.ReLU6 is one
+        return (True, float(module.max_val)) if module.min_val == 0 else (False, None)
+    return isinstance(module, nn.ReLU), None
+
+
+@dataclass
+class Chain:
+    """A layer and what follows it; nodes in ``taken`` belong to other layers."""
+
+    nodes: list[fx.Node]
+    taken: set[fx.Node]
+    relu: bool = False
+    upper: float | None = None
+    batch_norm: nn.Module | None = None
+    residual: fx.Node | None = None
+
+    def _next(self) -> fx.Node | None:
+        user = only_user(self.nodes[-1])
+        return None if user in self.taken else user
+
+    def follow_batch_norm(self, module: fx.GraphModule) -> None:
+        """Takes in the batch norm after the last node."""
+        user = self._next()
+        called = called_module(user, module)
+        if user is not None and isinstance(called, BATCH_NORMS):
+            self.nodes.append(user)
+            self.batch_norm = called
+
+    def follow_add(self, module: fx.GraphModule) -> None:
+        """Takes in the addition of another tensor, if that addition is to be quantized."""
+        user = self._next()
+        called = called_module(user, module)
+        if user is None or not isinstance(called, functional.Add):
+            return
+        others = [arg for arg in user.args if arg is not self.nodes[-1]]
+        if getattr(called, "qconfig", None) is None or len(others) != 1:
+            return
+        assert isinstance(others[0], fx.Node)
+        self.nodes.append(user)
+        self.residual = others[0]
+
+    def follow_relu(self, module: fx.GraphModule) -> None:
+        """Takes in the ReLU after the last node."""
+        user = self._next()
+        is_relu, upper = relu_bound(called_module(user, module))
+        if user is not None and is_relu:
+            self.nodes.append(user)
+            self.relu = True
+            self.upper = upper

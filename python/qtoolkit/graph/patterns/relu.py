@@ -1,0 +1,55 @@
+"""ReLU and ReLU6 that no layer before them can take in."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as torch_functional
+
+from qtoolkit.graph.patterns.fusing import relu_bound
+from qtoolkit.graph.patterns.registry import (
+    AsModule,
+    Match,
+    Pattern,
+    called_module,
+    register_pattern,
+)
+from qtoolkit.graph.shapes import float_shape
+from qtoolkit.nn import elementwise
+from qtoolkit.nn.base import QParams
+from qtoolkit.qconfig import QConfig
+
+_RELU = {torch.relu, torch.relu_, torch_functional.relu, torch_functional.relu_, "relu", "relu_"}
+_RELU6 = {torch_functional.relu6}
+
+
+@register_pattern
+class ReLUPattern(Pattern):
+    """``nn.ReLU``, ``nn.ReLU6`` and their functions."""
+
+    types = (nn.ReLU, nn.Hardtanh)
+
+    def as_module(self, node: fx.Node, module: fx.GraphModule) -> AsModule | None:
+        if node.target not in _RELU | _RELU6 or not node.args or float_shape(node.args[0]) is None:
+            return None
+        # The inplace flag is left out: it changes no value, and the input may be used elsewhere.
+        return AsModule(nn.ReLU6() if node.target in _RELU6 else nn.ReLU(), node.args[:1])
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        return None if relu_bound(module)[0] else "its lower bound is not 0"
+
+    def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
+        upper = relu_bound(called_module(node, module))[1]
+        assert isinstance(node.args[0], fx.Node)
+        return Match(self, (node,), (node.args[0],), True, upper)
+
+    def lower(
+        self,
+        match: Match,
+        module: fx.GraphModule,
+        qconfig: QConfig,
+        inputs: list[QParams],
+        output: QParams | None,
+    ) -> nn.Module:
+        assert output is not None
+        return elementwise.ReLU(inputs[0], output=output, upper=match.upper)

@@ -1,0 +1,36 @@
+"""What the patterns of layers with a weight share."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from qtoolkit.graph.patterns.registry import Match
+from qtoolkit.nn.qat.weighted import Conv2d, Linear, folded_bias
+from qtoolkit.nn.weights import IntegerWeight, quantize_weight, weight_qparams
+from qtoolkit.qconfig import QConfig
+
+
+def set_submodule(module: fx.GraphModule, name: str, child: nn.Module) -> None:
+    """Puts a module at a dotted name; keeps what ``prepare`` noted on the old one."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    old = getattr(parent, leaf, None)
+    for note in ("qconfig", "source", "float_node"):
+        if isinstance(old, nn.Module) and hasattr(old, note):
+            setattr(child, note, getattr(old, note))
+    setattr(parent, leaf, child)
+
+
+def integer_weight_and_bias(
+    layer: nn.Conv2d | nn.Linear, match: Match, qconfig: QConfig
+) -> tuple[IntegerWeight, Tensor | None]:
+    """A layer's weight as codes, and its float bias, batch norm folded in."""
+    if isinstance(layer, Conv2d | Linear):
+        weight = layer.integer_weight(match.batch_norm)
+        if match.batch_norm is None:
+            return weight, layer.bias
+        return weight, folded_bias(layer.bias, match.batch_norm)
+    assert qconfig.weight is not None
+    assert match.batch_norm is None
+    scale, zero_point = weight_qparams(layer.weight, qconfig.weight, str(match.anchor.target))
+    return quantize_weight(layer.weight, scale, zero_point, qconfig.weight), layer.bias

@@ -1,0 +1,212 @@
+"""Decides what is quantized and puts observers, or fake-quantize modules, where values become codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.graph.capture import Uncaptured, capture, graph_modules
+from qtoolkit.graph.normalize import (
+    fold_batch_norms,
+    float_node,
+    free_name,
+    functions_to_modules,
+    separate_shared_layers,
+)
+from qtoolkit.graph.patterns import Match, called_module, pattern_of
+from qtoolkit.graph.report import FloatLayer, Report, set_report
+from qtoolkit.graph.same_values import origin
+from qtoolkit.graph.shapes import float_shape, propagate_shapes
+from qtoolkit.nn.qat.batch_norm import make_freezable
+from qtoolkit.graph.patterns.weighted import set_submodule
+from qtoolkit.observers import Observer, make_observer
+from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
+
+#: Makes what is put on a value: an observer (PTQ) or a fake-quantize module (QAT).
+MakeObserver = Callable[..., nn.Module]
+
+
+def prepare_model(
+    model: nn.Module, mapping: QConfigMapping, example_inputs: tuple[Any, ...], *, qat: bool
+) -> nn.Module:
+    """A captured copy of the model with observers; see ``qtoolkit.prepare`` and ``prepare_qat``."""
+    captured, uncaptured = capture(model, example_inputs)
+    propagate_shapes(captured, example_inputs)
+    report = Report(uncaptured=[_as_float_layer(entry) for entry in uncaptured])
+    for name, module in graph_modules(captured):
+        prefix = f"{name}." if name else ""
+        functions_to_modules(module)
+        separate_shared_layers(module)
+        if not qat:
+            fold_batch_norms(module)
+        _prepare_graph(module, prefix, mapping, report, qat=qat)
+    if qat:
+        captured.train()
+    set_report(captured, report)
+    return captured
+
+
+def _as_float_layer(entry: Uncaptured) -> FloatLayer:
+    where = f" ({entry.location})" if entry.location else ""
+    return FloatLayer(entry.name or "(model)", entry.kind, f"not traceable: {entry.reason}{where}")
+
+
+def _assign_qconfigs(
+    module: fx.GraphModule, prefix: str, mapping: QConfigMapping, report: Report
+) -> None:
+    """Notes on every module that can be quantized how it shall be."""
+    for node in module.graph.nodes:
+        called = called_module(node, module)
+        pattern = pattern_of(node, module)
+        if called is None or pattern is None:
+            continue
+        name = prefix + str(node.target)
+        qconfig = mapping.qconfig_for(name, getattr(called, "op_name", type(called)))
+        reason = pattern.unsupported(called)
+        if qconfig is None or qconfig.activation is None:
+            reason = "its qconfig keeps it in float"
+        elif pattern.has_weight and qconfig.weight is None:
+            reason = "its qconfig gives no weight format"
+        elif reason is None:
+            reason = _unsupported_formats(qconfig, has_weight=pattern.has_weight)
+        if reason is None and float_shape(node) is None:
+            reason = "its output is not a floating-point tensor"
+        called.source = name
+        called.float_node = float_node(node)
+        if reason is not None:
+            qconfig = None
+            report.floats.append(FloatLayer(name, type(called).__name__, reason))
+        called.qconfig = qconfig
+
+
+def _unsupported_formats(qconfig: QConfig, *, has_weight: bool) -> str | None:
+    activation, weight = qconfig.activation, qconfig.weight
+    assert activation is not None
+    if activation.format not in ("uint8", "int8") or activation.granularity != "per_tensor":
+        return (
+            f"activations of format {activation.format} {activation.granularity} have no kernel "
+            "(uint8 and int8 per tensor have)"
+        )
+    if has_weight and weight is not None and (weight.format != "int8" or not weight.symmetric):
+        return f"weights of format {weight.format} have no kernel (symmetric int8 has)"
+    return None
+
+
+def find_matches(module: fx.GraphModule) -> list[Match]:
+    """The layers that are to be quantized, in the order of the graph."""
+    matches: list[Match] = []
+    fused: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        pattern = pattern_of(node, module)
+        if pattern is None or node in fused:
+            continue
+        if getattr(called_module(node, module), "qconfig", None) is None:
+            continue
+        match = pattern.match(node, module, fused)
+        if match is not None:
+            matches.append(match)
+            fused.update(match.nodes)
+    return matches
+
+
+def _drop_float_only(module: fx.GraphModule, report: Report, prefix: str) -> list[Match]:
+    """The matches that are worth quantizing.
+
+    A layer without a weight whose result is used in float only is left in float; that may leave the
+    layer before it with no user, so the search starts again.
+    """
+    while True:
+        matches = find_matches(module)
+        wanted = {origin(node, module) for match in matches for node in match.inputs}
+        dropped = None
+        for match in matches:
+            if match.output in wanted or (match.pattern.float_output and not match.residual):
+                continue
+            # With a fused addition the layer itself stays: only the addition is given up.
+            node = match.anchor
+            if match.residual:
+                add = [n for n in match.nodes if n.args and len(n.args) == 2]
+                node = add[0]
+            dropped = node
+        if dropped is None:
+            return matches
+        called = called_module(dropped, module)
+        assert called is not None
+        called.qconfig = None
+        report.floats.append(
+            FloatLayer(
+                prefix + str(dropped.target),
+                type(called).__name__,
+                "only float layers use its output",
+            )
+        )
+
+
+def _prepare_graph(
+    module: fx.GraphModule, prefix: str, mapping: QConfigMapping, report: Report, *, qat: bool
+) -> None:
+    _assign_qconfigs(module, prefix, mapping, report)
+    matches = _drop_float_only(module, report, prefix)
+
+    # Which values become codes, and how: as the layer that makes them says, or, for a value made by
+    # a float layer, as the first layer that reads it says.
+    specs: dict[fx.Node, tuple[TensorSpec, str]] = {}
+    wanted: dict[fx.Node, tuple[TensorSpec, str]] = {}
+    for match in matches:
+        called = called_module(match.anchor, module)
+        assert called is not None
+        activation = called.qconfig.activation  # type: ignore[union-attr]
+        for node in match.inputs:
+            source = origin(node, module)
+            wanted.setdefault(source, (activation, f"{called.source} (input)"))
+    made = {match.output: match for match in matches}
+    for node, (spec, name) in wanted.items():
+        if node in made:
+            called = called_module(made[node].anchor, module)
+            assert called is not None
+            specs[node] = (called.qconfig.activation, str(called.source))  # type: ignore[union-attr]
+        else:
+            specs[node] = (spec, name)
+
+    for match in matches:
+        anchor = called_module(match.anchor, module)
+        assert anchor is not None
+        anchor.float_node = float_node(match.output)
+        if qat:
+            match.pattern.prepare_qat(match, module, anchor.qconfig)  # type: ignore[arg-type]
+    if qat:
+        _make_batch_norms_freezable(module)
+
+    make: MakeObserver = FakeQuantize if qat else make_observer
+    suffix = "fake_quantize" if qat else "observer"
+    device = next((p.device for p in module.parameters()), None)
+    for node, (spec, name) in specs.items():
+        child = free_name(module, f"{node.name}_{suffix}")
+        observer = make(spec, name=name)
+        module.add_submodule(child, observer.to(device).train(module.training))
+        with module.graph.inserting_after(node):
+            call = module.graph.call_module(child, (node,))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+    module.graph.lint()
+    module.recompile()
+
+
+def _make_batch_norms_freezable(module: fx.GraphModule) -> None:
+    replaced: dict[int, nn.Module] = {}
+    for name, child in list(module.named_modules()):
+        new = make_freezable(child)
+        if new is not child:
+            set_submodule(module, name, new)
+            replaced[id(child)] = new
+    for child in module.modules():
+        folded = getattr(child, "_folded", ())
+        if folded:
+            child._folded = tuple(replaced.get(id(norm), norm) for norm in folded)  # type: ignore
+
+
+def is_observer(module: nn.Module | None) -> bool:
+    """True for what ``prepare`` puts on activations."""
+    return isinstance(module, Observer | FakeQuantize)

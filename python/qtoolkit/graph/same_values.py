@@ -1,0 +1,158 @@
+"""Operators that move values without changing them: they work on codes as on real numbers.
+
+Their output has the scale and zero point of their input, so they need no observer of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from qtoolkit.graph.patterns.registry import AsModule, called_module
+from qtoolkit.graph.shapes import bind, float_shape
+from qtoolkit.nn import pooling
+
+_MODULES = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.MaxPool2d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+)
+_FUNCTIONS = {
+    operator.getitem,
+    torch.flatten,
+    torch.reshape,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.permute,
+    torch.transpose,
+    torch.chunk,
+    torch.split,
+    torch.narrow,
+    functional.pixel_shuffle,
+    functional.pixel_unshuffle,
+    functional.channel_shuffle,
+}
+_METHODS = {
+    "chunk",
+    "clone",
+    "contiguous",
+    "detach",
+    "expand",
+    "flatten",
+    "narrow",
+    "permute",
+    "reshape",
+    "split",
+    "squeeze",
+    "transpose",
+    "unsqueeze",
+    "view",
+}
+# What a graph may ask of a tensor without reading its values.
+_FACT_METHODS = {"dim", "ndimension", "numel", "size"}
+_FACT_ATTRIBUTES = {"device", "ndim", "shape"}
+
+_DROPOUT = {functional.dropout, torch.dropout, functional.dropout2d}
+_MAX_POOL = {functional.max_pool2d, torch.max_pool2d}
+
+
+def keeps_values(node: fx.Node, module: fx.GraphModule) -> bool:
+    """True if the node only moves the values of its first argument."""
+    if node.op == "call_module":
+        return isinstance(called_module(node, module), _MODULES)
+    if node.op == "call_function":
+        return node.target in _FUNCTIONS
+    return node.op == "call_method" and node.target in _METHODS
+
+
+def asks_fact(node: fx.Node) -> bool:
+    """True if the node reads only a tensor's shape or device."""
+    if node.op == "call_method":
+        return node.target in _FACT_METHODS
+    return (
+        node.op == "call_function"
+        and node.target is getattr
+        and node.args[1] in _FACT_ATTRIBUTES
+    )
+
+
+def origin(node: fx.Node, module: fx.GraphModule) -> fx.Node:
+    """The node that computed the values which this node may only have moved."""
+    while keeps_values(node, module) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    """The parameters of the dropout functions."""
+
+
+def _max_pool2d(
+    x: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> None:
+    """The parameters of the max pooling functions."""
+
+
+def as_module(node: fx.Node) -> AsModule | None:
+    """The module for a functional dropout or max pooling.
+
+    A traced ``F.dropout(x, p, self.training)`` holds the mode of the day; the module follows the
+    model's mode.
+    """
+    if node.op != "call_function" or not node.args or float_shape(node.args[0]) is None:
+        return None
+    if node.target in _DROPOUT:
+        arguments = bind(_dropout, node)
+        if arguments is None:
+            return None
+        kind = nn.Dropout2d if node.target is functional.dropout2d else nn.Dropout
+        return AsModule(kind(arguments["p"]), node.args[:1])
+    if node.target in _MAX_POOL:
+        arguments = bind(_max_pool2d, node)
+        if arguments is None or arguments.pop("return_indices"):
+            return None
+        return AsModule(nn.MaxPool2d(**arguments), node.args[:1])
+    return None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def lower_same_values(node: fx.Node, module: fx.GraphModule) -> nn.Module | str | None:
+    """How a value-preserving node is written on codes.
+
+    Returns:
+        A module to call instead, the name of a method to call instead, or None to keep the node.
+    """
+    called = called_module(node, module)
+    if isinstance(called, nn.MaxPool2d):
+        return pooling.MaxPool2d(
+            _pair(called.kernel_size),
+            _pair(called.stride),
+            _pair(called.padding),
+            _pair(called.dilation),
+            called.ceil_mode,
+        )
+    # Codes are channels-last inside a converted model, where a view may be impossible.
+    if node.op == "call_method" and node.target == "view":
+        return "reshape"
+    return None

@@ -1,0 +1,28 @@
+"""Quantized layers: ordinary modules on plain uint8 and int8 tensors."""
+
+from qtoolkit.nn import functional, qat
+from qtoolkit.nn.base import QParams, QuantizedModule
+from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
+from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
+from qtoolkit.nn.linear import Linear
+from qtoolkit.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool2d, MaxPool2d
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "Add",
+    "AvgPool2d",
+    "BatchNorm2d",
+    "Cat",
+    "Conv2d",
+    "DepthwiseConv2d",
+    "Dequantize",
+    "GlobalAvgPool2d",
+    "Linear",
+    "MaxPool2d",
+    "QParams",
+    "Quantize",
+    "QuantizedModule",
+    "ReLU",
+    "functional",
+    "qat",
+]

@@ -1,0 +1,81 @@
+"""What every quantized layer shares: its parameters of quantization, and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class QParams:
+    """The quantization of one activation: ``real = scale * (code - zero_point)``.
+
+    Attributes:
+        scale: float32 tensor with one element.
+        zero_point: int32 tensor with one element.
+        quant_min: lowest code; negative for int8 codes.
+        quant_max: highest code.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    quant_min: int
+    quant_max: int
+
+    def same_as(self, other: QParams) -> bool:
+        """True if both map every code to the same real number."""
+        return (
+            torch.equal(self.scale, other.scale)
+            and torch.equal(self.zero_point, other.zero_point)
+            and (self.quant_min, self.quant_max) == (other.quant_min, other.quant_max)
+        )
+
+    @property
+    def format(self) -> str:
+        """The name of the 8-bit storage: ``"int8"`` or ``"uint8"``."""
+        return "int8" if self.quant_min < 0 else "uint8"
+
+
+class QuantizedModule(nn.Module):
+    """A layer that computes on 8-bit codes.
+
+    Its weights, scales and zero points are plain tensors in buffers, so ``state_dict``, ``deepcopy``,
+    ``pickle`` and ``torch.jit.script`` work as for any module.
+    """
+
+    # Class attributes without annotations: torch.jit.script cannot read annotations that are strings.
+
+    #: Name of the C++ kernel that computes it, for reports; empty if there is none.
+    kernel = ""
+    #: Dotted name of the float layer it stands for; set by ``qt.convert``.
+    source = ""
+    #: Name of the node in the captured float graph that has the same output, for ``qt.compare``.
+    float_node = ""
+
+    def _register_qparams(self, prefix: str, qparams: QParams | None) -> None:
+        """Adds buffers ``<prefix>_scale`` and ``<prefix>_zero_point`` (None: both absent)."""
+        scale = None if qparams is None else qparams.scale.detach().float().reshape(()).clone()
+        zero_point = (
+            None if qparams is None else qparams.zero_point.detach().int().reshape(()).clone()
+        )
+        self.register_buffer(f"{prefix}_scale", scale)
+        self.register_buffer(f"{prefix}_zero_point", zero_point)
+
+    def _register_output(self, qparams: QParams | None, upper: float | None = None) -> None:
+        """Adds the output's buffers and code range; ``upper`` clips the real output at that value."""
+        self._register_qparams("output", qparams)
+        self.quant_min = 0 if qparams is None else qparams.quant_min
+        self.quant_max = 255 if qparams is None else qparams.quant_max
+        if qparams is not None and upper is not None:
+            code = round(upper / float(qparams.scale)) + int(qparams.zero_point)
+            self.quant_max = max(min(self.quant_max, code), int(qparams.zero_point))
+
+    def formats(self) -> str:
+        """What it reads and writes, for reports, such as ``"uint8 x int8 -> uint8"``."""
+        return ""
+
+
+def code_format(quant_min: int) -> str:
+    """The storage of codes whose lowest is ``quant_min``."""
+    return "int8" if quant_min < 0 else "uint8"

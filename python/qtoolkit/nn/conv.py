@@ -1,0 +1,104 @@
+"""INT8 convolution."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qtoolkit import ops
+from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.weights import IntegerWeight, quantize_bias
+
+
+class Conv2d(QuantizedModule):
+    """2-D convolution on codes, with ReLU and the addition of a second input fused where asked.
+
+    ``y = requantize(sum(w * (x - x_zero_point)) + bias + residual)``; see ``qtoolkit.ops.conv2d``.
+    Input ``[N, C, H, W]`` codes; output codes, or float32 where ``output`` is None.
+    """
+
+    kernel = "conv2d"
+
+    def __init__(
+        self,
+        weight: IntegerWeight,
+        bias: Tensor | None,
+        *,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        input: QParams,
+        output: QParams | None,
+        residual: QParams | None = None,
+        relu: bool = False,
+        upper: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride = list(stride)
+        self.padding = list(padding)
+        self.dilation = list(dilation)
+        self.groups = groups
+        self.relu = relu
+        weight, bias = quantize_bias(weight, bias, input.scale)
+        self.register_buffer("weight", weight.codes.contiguous())
+        self.register_buffer("weight_scale", weight.scale.clone())
+        self.register_buffer("bias", bias)
+        self.input_format = input.format
+        self._register_qparams("input", input)
+        self._register_qparams("residual", residual)
+        self._register_output(output, upper)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.conv2d(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.relu,
+            residual,
+            self.residual_scale,
+            self.residual_zero_point,
+        )
+
+    def formats(self) -> str:
+        output = "float32" if self.output_scale is None else code_format(self.quant_min)
+        return f"{self.input_format} x int8 -> {output}"
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, height, width = self.weight.shape
+        return (
+            f"{in_channels * self.groups}, {out_channels}, kernel_size=({height}, {width}), "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, relu={self.relu}, "
+            f"residual={self.residual_scale is not None}, {self.formats()}"
+        )
+
+
+def is_depthwise(weight: Tensor, groups: int) -> bool:
+    """True if each group has one input and one output channel."""
+    return groups == weight.shape[0] and weight.shape[1] == 1 and groups > 1
+
+
+class DepthwiseConv2d(Conv2d):
+    """``Conv2d`` with one input and one output channel in each group."""
+
+    kernel = "conv2d_depthwise"
+
+
+def make_conv2d(weight: IntegerWeight, bias: Tensor | None, groups: int, **options: object) -> Conv2d:
+    """A ``DepthwiseConv2d`` where the weight is one, else a ``Conv2d``."""
+    kind = DepthwiseConv2d if is_depthwise(weight.codes, groups) else Conv2d
+    return kind(weight, bias, groups=groups, **options)  # type: ignore[arg-type]
+
+
+__all__ = ["Conv2d", "DepthwiseConv2d", "make_conv2d"]

@@ -1,0 +1,135 @@
+"""Pooling on codes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qtoolkit import ops
+from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+
+
+class MaxPool2d(QuantizedModule):
+    """Max pooling; output codes have the input's scale and zero point."""
+
+    kernel = "max_pool2d"
+
+    def __init__(
+        self,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        ceil_mode: bool,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = list(kernel_size)
+        self.stride = list(stride)
+        self.padding = list(padding)
+        self.dilation = list(dilation)
+        self.ceil_mode = ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.max_pool2d(
+            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+
+    def formats(self) -> str:
+        return "8-bit"
+
+
+class AvgPool2d(QuantizedModule):
+    """Average pooling with a change of scale."""
+
+    kernel = "avg_pool2d"
+
+    def __init__(
+        self,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+        *,
+        input: QParams,
+        output: QParams,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = list(kernel_size)
+        self.stride = list(stride)
+        self.padding = list(padding)
+        self.ceil_mode = ceil_mode
+        self.count_include_pad = count_include_pad
+        self.divisor_override = divisor_override
+        self._register_qparams("input", input)
+        self._register_output(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.avg_pool2d(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def formats(self) -> str:
+        return f"8-bit -> {code_format(self.quant_min)}"
+
+
+class AdaptiveAvgPool2d(QuantizedModule):
+    """Adaptive average pooling with a change of scale."""
+
+    kernel = "avg_pool2d"
+
+    def __init__(
+        self, output_size: tuple[int, int], *, input: QParams, output: QParams
+    ) -> None:
+        super().__init__()
+        self.output_size = list(output_size)
+        self._register_qparams("input", input)
+        self._register_output(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.adaptive_avg_pool2d(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.output_size,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def formats(self) -> str:
+        return f"8-bit -> {code_format(self.quant_min)}"
+
+
+class GlobalAvgPool2d(AdaptiveAvgPool2d):
+    """Mean over height and width; drops both dimensions unless ``keepdim``."""
+
+    def __init__(self, keepdim: bool, *, input: QParams, output: QParams) -> None:
+        super().__init__((1, 1), input=input, output=output)
+        self.keepdim = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.adaptive_avg_pool2d(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.output_size,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+        return y if self.keepdim else y.flatten(1)

@@ -1,0 +1,94 @@
+"""Weights and biases as integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtoolkit import ops
+from qtoolkit.observers import make_observer
+from qtoolkit.qconfig import TensorSpec
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as codes.
+
+    Attributes:
+        codes: int8, shaped like the weight.
+        scale: float32 ``[output channels]``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+def weight_qparams(weight: Tensor, spec: TensorSpec, name: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that the specification's observer finds for a weight.
+
+    Raises:
+        ValueError: the weight has NaN or infinite values; names the layer.
+    """
+    observer = make_observer(spec, name=f"{name}.weight").to(weight.device)
+    observer(weight.detach())
+    return observer.calculate_qparams()
+
+
+def quantize_weight(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, spec: TensorSpec
+) -> IntegerWeight:
+    """Codes of a weight whose output channels are its first dimension.
+
+    Raises:
+        ValueError: the specification is not symmetric int8, which the integer kernels need.
+    """
+    if spec.format != "int8" or not spec.symmetric:
+        raise ValueError(
+            "integer kernels need a symmetric int8 weight, got "
+            f"TensorSpec(format={spec.format!r}, symmetric={spec.symmetric})"
+        )
+    channels = weight.shape[0]
+    scale = scale.float().reshape(-1).expand(channels).contiguous()
+    zero_point = zero_point.int().reshape(-1).expand(channels).contiguous()
+    codes = ops.quantize_per_channel(
+        weight.detach().float().contiguous(), scale, zero_point, 0, spec.quant_min, spec.quant_max
+    )
+    return IntegerWeight(codes, scale)
+
+
+def fold_scale(weight: IntegerWeight, factor: Tensor) -> IntegerWeight:
+    """The weight times a factor per output channel, exactly: only signs of codes change.
+
+    Valid where codes are symmetric; a factor of zero gives codes of zero at the old scale.
+    """
+    sign = torch.sign(factor).to(torch.int8)
+    codes = weight.codes * sign.reshape(-1, *([1] * (weight.codes.dim() - 1)))
+    scale = torch.where(factor == 0, weight.scale, weight.scale * factor.abs())
+    return IntegerWeight(codes, scale)
+
+
+# A bias in units of x_scale * weight_scale stays below this, so that bias and products fit in int32.
+_LARGEST_BIAS = 2.0**30
+
+
+def quantize_bias(
+    weight: IntegerWeight, bias: Tensor | None, x_scale: Tensor
+) -> tuple[IntegerWeight, Tensor | None]:
+    """The bias as int32 at scale ``x_scale * weight.scale``.
+
+    A channel whose weights are so small that its bias would not fit gets a larger weight scale (its
+    codes are rounded again), so the weight is returned too.
+    """
+    if bias is None:
+        return weight, None
+    bias = bias.detach().double()
+    x = x_scale.double().reshape(())
+    smallest = (bias.abs() / (x * _LARGEST_BIAS)).to(torch.float32)
+    scale = torch.maximum(weight.scale, smallest)
+    if not torch.equal(scale, weight.scale):
+        shape = (-1, *([1] * (weight.codes.dim() - 1)))
+        ratio = (weight.scale.double() / scale.double()).reshape(shape)
+        weight = IntegerWeight(torch.round(weight.codes.double() * ratio).to(torch.int8), scale)
+    return weight, torch.round(bias / (x * weight.scale.double())).to(torch.int32)

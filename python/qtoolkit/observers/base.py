@@ -1,0 +1,176 @@
+"""The base class of observers and the rule from a range to scale and zero point."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qtoolkit.formats import get_format
+from qtoolkit.observers.state import QuantizationState
+from qtoolkit.qconfig import TensorSpec
+
+_EPS = torch.finfo(torch.float32).eps
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+def range_to_qparams(min_val: Tensor, max_val: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for values between min_val and max_val (float32, same shape).
+
+    Affine: the range is widened to include 0, scale = (max - min) / (quant_max - quant_min),
+    zero_point = quant_min - round(min / scale). Symmetric: scale = max(|min|, |max|) divided by
+    half the number of steps, with the format's middle code as zero point. The scale is never
+    below float32's epsilon, so a constant or zero range gives a valid one. Reads no value on the
+    host: NaN gives NaN.
+
+    Returns:
+        scale (float32) and zero_point (int32) of min_val's shape.
+    """
+    quant_min, quant_max = spec.quant_min, spec.quant_max
+    low, high = min_val.clamp(max=0.0), max_val.clamp(min=0.0)
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
+        scale = scale.clamp(_EPS, _FLOAT_MAX)
+        middle = get_format(spec.format).symmetric_zero_point()
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    scale = ((high - low) / float(quant_max - quant_min)).clamp(_EPS, _FLOAT_MAX)
+    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+class Observer(QuantizationState):
+    """Records statistics of the tensors that pass and chooses scale and zero point from them.
+
+    A subclass implements `observe`, keeps its state in buffers (`min_val` and `max_val` here,
+    float32), and may override `value_range` and `reset`. It is registered with
+    `@register_observer(name)`.
+
+    Args:
+        spec: how the tensor is quantized; the class's own default when absent.
+        name: the module that the tensor belongs to, for error messages.
+
+    Attributes:
+        enabled: False while frozen; saved in the state dict.
+    """
+
+    granularities: ClassVar[tuple[str, ...]] = ("per_tensor",)
+    flags = ("enabled",)
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self, spec: TensorSpec | None = None, *, name: str = "") -> None:
+        super().__init__()
+        self.spec = self.default_spec() if spec is None else spec
+        self.name = name
+        self.enabled = True
+        if self.spec.granularity not in self.granularities:
+            raise ValueError(
+                f"{type(self).__name__}{self._for_name()} is for granularity "
+                f"{' or '.join(self.granularities)}, not {self.spec.granularity}"
+            )
+        shape = (0,) if "min_val" in self.resizable else ()
+        self.register_buffer("min_val", torch.full(shape, float("inf")))
+        self.register_buffer("max_val", torch.full(shape, float("-inf")))
+
+    @classmethod
+    def default_spec(cls) -> TensorSpec:
+        """The spec of an observer that is made without one."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Records x unless frozen, and returns it unchanged.
+
+        Args:
+            x: floating point, any shape; statistics are taken in float32.
+
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: x is empty, or holds NaN or Inf. On an accelerator, and in compiled code,
+                NaN and Inf are recorded and reported by `calculate_qparams`, as a check here would
+                wait for the device.
+        """
+        if not self.enabled:
+            return x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"observer{self._for_name()}: needs a float tensor, got {kind}")
+        if x.numel() == 0:
+            raise ValueError(
+                f"observer{self._for_name()}: got an empty tensor of shape {tuple(x.shape)}; "
+                "calibrate with batches that are not empty"
+            )
+        with torch.no_grad():
+            self.observe(x.detach().to(torch.float32))
+        return x
+
+    def observe(self, x: Tensor) -> None:
+        """Updates the statistics with x: float32, not empty, without gradient."""
+        raise NotImplementedError
+
+    def value_range(self) -> tuple[Tensor, Tensor]:
+        """The least and greatest value that the quantized tensor should represent."""
+        return self.min_val, self.max_val
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32): 0-dim per tensor, [channels] per channel.
+
+        Raises:
+            RuntimeError: nothing has been observed.
+            ValueError: the values observed held NaN or Inf.
+        """
+        if not self.calibrated():
+            raise RuntimeError(
+                f"observer{self._for_name()} has seen no data: run qt.calibrate(prepared, loader) "
+                "on batches that reach this module"
+            )
+        self.check_finite(self.min_val, self.max_val)
+        return range_to_qparams(*self.value_range(), self.spec)
+
+    def calculate_qparams_unchecked(self) -> tuple[Tensor, Tensor]:
+        """`calculate_qparams` without the checks, which wait for an accelerator."""
+        return range_to_qparams(*self.value_range(), self.spec)
+
+    def calibrated(self) -> bool:
+        """Whether any data has been observed."""
+        return self.min_val.numel() > 0 and not bool(
+            ((self.min_val == float("inf")) & (self.max_val == float("-inf"))).all()
+        )
+
+    def check_finite(self, min_val: Tensor, max_val: Tensor) -> None:
+        """Raises ValueError that names this observer if a bound is NaN or Inf."""
+        if not bool((torch.isfinite(min_val) & torch.isfinite(max_val)).all()):
+            raise ValueError(
+                f"observer{self._for_name()}: the data holds NaN or Inf; check the input of this "
+                "module (a NaN in the batch, or an overflow in a layer before it)"
+            )
+
+    def freeze(self) -> None:
+        """Stops recording; what was recorded stays."""
+        self.enabled = False
+
+    def unfreeze(self) -> None:
+        """Records again."""
+        self.enabled = True
+
+    def reset(self) -> None:
+        """Forgets all data."""
+        self.min_val.fill_(float("inf"))
+        self.max_val.fill_(float("-inf"))
+
+    def extra_repr(self) -> str:
+        """Shows the format, and the range if it is one number a side."""
+        text = f"{self.spec.format}, {self.spec.granularity}"
+        if self.min_val.dim() == 0 and self.calibrated():
+            text += f", min={self.min_val.item():.6g}, max={self.max_val.item():.6g}"
+        return text
+
+    def _for_name(self) -> str:
+        return f" {self.name!r}" if self.name else ""
+
+    def _checked(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
+        """The bounds of a batch, checked where that costs no synchronisation and no graph break."""
+        if min_val.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_finite(min_val, max_val)
+        return min_val, max_val

@@ -1,0 +1,105 @@
+"""Histogram of all data, and the range with the least squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit import ops
+from qtoolkit.formats import get_format
+from qtoolkit.observers.base import Observer
+from qtoolkit.observers.range_search import l2_range
+from qtoolkit.observers.registry import register_observer
+from qtoolkit.qconfig import TensorSpec
+
+# Parts that a bin is cut into when its counts move to a wider histogram.
+_PARTS = 16
+# A value counts as this many units: a part of a count can move, and the total stays exact.
+UNITS_PER_VALUE = 2**16
+# Widths that a float32 histogram can divide into bins; outside, the values are scaled first.
+_NARROW, _WIDE = 1e-30, 1e38
+
+
+def _count(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
+    """Counts of x, which lies in [lower, upper], int64 [bins]; a range of one point is bin 0."""
+    if lower == upper:
+        counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
+        counts[0] = x.numel()
+        return counts
+    width = upper - lower
+    if not _NARROW <= width <= _WIDE:
+        factor = 0.25 if width > _WIDE else 2.0**80  # powers of two: no value is rounded
+        x, lower, upper = x * factor, lower * factor, upper * factor
+    return ops.histogram(x, bins, lower, upper)
+
+
+@register_observer("histogram")
+class HistogramObserver(Observer):
+    """Keeps a histogram and chooses the range that quantizes it with the least squared error.
+
+    The histogram covers [min_val, max_val] of all tensors seen. When the range grows, the counts
+    move to the new bins; none is lost. See `qtoolkit.observers.range_search` for the search.
+
+    The buffer `histogram`, int64 [bins], holds counts times UNITS_PER_VALUE.
+
+    Args:
+        spec: how the tensor is quantized.
+        bins: number of bins.
+        name: the module that the tensor belongs to.
+    """
+
+    histogram: Tensor
+
+    def __init__(self, spec: TensorSpec | None = None, *, bins: int = 2048, name: str = "") -> None:
+        super().__init__(spec, name=name)
+        if bins < 2:
+            raise ValueError(f"HistogramObserver: needs at least 2 bins, got {bins}")
+        self.bins = bins
+        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
+
+    @classmethod
+    def default_spec(cls) -> TensorSpec:
+        """uint8, affine."""
+        return TensorSpec(observer="histogram")
+
+    def observe(self, x: Tensor) -> None:
+        """Counts the values of x, and widens the histogram first where they lie outside it."""
+        min_val, max_val = ops.min_max(x)
+        # The range is needed on the host, so the check costs no further synchronisation.
+        self.check_finite(min_val, max_val)
+        min_val = torch.minimum(self.min_val, min_val)
+        max_val = torch.maximum(self.max_val, max_val)
+        lower, upper = min_val.item(), max_val.item()
+        if self.calibrated():
+            self._widen(lower, upper)
+        self.min_val.copy_(min_val)
+        self.max_val.copy_(max_val)
+        self.histogram += UNITS_PER_VALUE * _count(x, self.bins, lower, upper)
+
+    def value_range(self) -> tuple[Tensor, Tensor]:
+        """The range with the least squared error; needs the histogram on the host."""
+        if self.min_val == self.max_val:
+            return self.min_val, self.max_val
+        start, end = l2_range(self.histogram, 2 ** get_format(self.spec.format).bits)
+        # Divided first, as the difference of two float32 may be beyond float32.
+        width = self.max_val / self.bins - self.min_val / self.bins
+        return self.min_val + width * start, self.min_val + width * (end + 1)
+
+    def reset(self) -> None:
+        """Forgets all data."""
+        super().reset()
+        self.histogram.zero_()
+
+    def _widen(self, lower: float, upper: float) -> None:
+        """Moves the counts to bins over [lower, upper], which includes the present range."""
+        old_lower, old_upper = self.min_val.item(), self.max_val.item()
+        if (lower, upper) == (old_lower, old_upper):
+            return
+        counts = self.histogram
+        # Cut points of a bin's counts, rounded: the parts add up to the bin.
+        cuts = torch.arange(_PARTS + 1, device=counts.device)
+        parts = ((counts.unsqueeze(1) * cuts + _PARTS // 2) // _PARTS).diff(dim=1).flatten()
+        centre = torch.arange(parts.numel(), device=counts.device, dtype=torch.float64) + 0.5
+        value = old_lower + centre * ((old_upper - old_lower) / parts.numel())
+        target = ((value - lower) * (self.bins / (upper - lower))).long().clamp_(0, self.bins - 1)
+        self.histogram.copy_(torch.zeros_like(counts).index_add_(0, target, parts))

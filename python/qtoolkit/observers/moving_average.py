@@ -1,0 +1,55 @@
+"""Moving average of the ranges of batches, for training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtoolkit import ops
+from qtoolkit.observers.base import Observer
+from qtoolkit.observers.registry import register_observer
+from qtoolkit.qconfig import TensorSpec
+
+
+@register_observer("moving_average")
+class MovingAverageMinMaxObserver(Observer):
+    """Averages the least and greatest value of each batch exponentially.
+
+    The first batch sets the range; each later one moves it by `averaging_constant` of the
+    difference.
+
+    Args:
+        spec: how the tensor is quantized.
+        averaging_constant: weight of the newest batch, above 0 and at most 1.
+        name: the module that the tensor belongs to.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec | None = None,
+        *,
+        averaging_constant: float = 0.01,
+        name: str = "",
+    ) -> None:
+        super().__init__(spec, name=name)
+        if not 0.0 < averaging_constant <= 1.0:
+            raise ValueError(
+                f"averaging_constant must be above 0 and at most 1, got {averaging_constant}"
+            )
+        self.averaging_constant = averaging_constant
+
+    @classmethod
+    def default_spec(cls) -> TensorSpec:
+        """uint8, affine."""
+        return TensorSpec(observer="moving_average")
+
+    def observe(self, x: Tensor) -> None:
+        """Moves the range towards that of x."""
+        min_val, max_val = self._checked(*ops.min_max(x))
+        # Chosen on the device, as a branch on the state would wait for it.
+        first = self.min_val == float("inf")
+        self.min_val.copy_(torch.where(first, min_val, self._average(self.min_val, min_val)))
+        self.max_val.copy_(torch.where(first, max_val, self._average(self.max_val, max_val)))
+
+    def _average(self, running: Tensor, batch: Tensor) -> Tensor:
+        return running + self.averaging_constant * (batch - running)

@@ -1,0 +1,363 @@
+"""The operators, typed: the only user of torch.ops.qtoolkit.
+
+All are functions of plain tensors and work in eager mode, torch.jit.script, torch.export and
+torch.compile. Codes are uint8 or int8 tensors with real = scale * (code - zero_point). A scale is a
+float32 tensor and a zero point an int32 tensor: of one element per tensor, of shape [channels] per
+channel. An output's dtype is int8 where quant_min < 0, else uint8; (quant_min, quant_max) lie in
+[-128, 127] or [0, 255].
+
+The integer arithmetic is that of Jacob et al., "Quantization and Training of Neural Networks for
+Efficient Integer-Arithmetic-Only Inference" (2018), with the factor between the accumulator and the
+output in float32: code = clamp(round_half_even(acc * factor) + zero_point, quant_min, quant_max).
+
+Errors, for all: TypeError for a wrong dtype; ValueError for a shape, device, scale (not positive or
+not finite), zero point or range that does not fit. The message names operator and argument.
+"""
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+import qtoolkit._library  # noqa: F401  (registers the operators)
+
+
+def quantize_per_tensor(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """The codes of x, in its shape and memory format.
+
+    x: float32 (or float16, bfloat16) of any shape. NaN becomes the zero point, infinities are
+    clamped.
+    """
+    return torch.ops.qtoolkit.quantize_per_tensor(x, scale, zero_point, quant_min, quant_max)
+
+
+def quantize_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int, quant_min: int, quant_max: int
+) -> Tensor:
+    """quantize_per_tensor with scale and zero_point of shape [x.size(ch_axis)]."""
+    return torch.ops.qtoolkit.quantize_per_channel(
+        x, scale, zero_point, ch_axis, quant_min, quant_max
+    )
+
+
+def dequantize_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """float32 scale * (x - zero_point) of uint8 or int8 codes of any shape."""
+    return torch.ops.qtoolkit.dequantize_per_tensor(x, scale, zero_point)
+
+
+def dequantize_per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int) -> Tensor:
+    """dequantize_per_tensor with scale and zero_point of shape [x.size(ch_axis)]."""
+    return torch.ops.qtoolkit.dequantize_per_channel(x, scale, zero_point, ch_axis)
+
+
+def fake_quantize_per_tensor(
+    x: Tensor,
+    scale: Union[float, Tensor],  # noqa: UP007  (torch.jit.script reads it)
+    zero_point: Union[int, Tensor],  # noqa: UP007
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Quantizes and dequantizes x, in its dtype; bit for bit torch.fake_quantize_per_tensor_affine.
+
+    x: float32, or float16 and bfloat16, which are computed in float32. NaN stays NaN, infinities
+    are clamped. The gradient of x is straight-through: passed where x lies in the range of the
+    codes, else 0 (Bengio et al., 2013; Jacob et al., 2018). scale and zero_point get none.
+    """
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
+    if not isinstance(zero_point, Tensor):
+        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=x.device)
+    return torch.ops.qtoolkit.fake_quantize_per_tensor(x, scale, zero_point, quant_min, quant_max)
+
+
+def fake_quantize_per_channel(
+    x: Tensor,
+    scale: Union[float, Tensor],  # noqa: UP007
+    zero_point: Union[int, Tensor],  # noqa: UP007
+    ch_axis: int,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """fake_quantize_per_tensor with scale and zero_point of shape [x.size(ch_axis)].
+
+    A number stands for every channel.
+    """
+    if not isinstance(scale, Tensor):
+        scale = torch.full([x.size(ch_axis)], scale, dtype=torch.float32, device=x.device)
+    if not isinstance(zero_point, Tensor):
+        zero_point = torch.full([x.size(ch_axis)], zero_point, dtype=torch.int32, device=x.device)
+    return torch.ops.qtoolkit.fake_quantize_per_channel(
+        x, scale, zero_point, ch_axis, quant_min, quant_max
+    )
+
+
+def min_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of a float tensor, 0-dim float32; both NaN if x holds a NaN.
+
+    Raises ValueError if x is empty.
+    """
+    return torch.ops.qtoolkit.min_max(x)
+
+
+def min_max_per_channel(x: Tensor, ch_axis: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum along every other dimension, float32 [x.size(ch_axis)]; see min_max."""
+    return torch.ops.qtoolkit.min_max_per_channel(x, ch_axis)
+
+
+def histogram(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
+    """Counts of x in `bins` equal bins over [lower, upper], int64 [bins].
+
+    Values outside and NaN are not counted. Raises ValueError if x is empty.
+    """
+    return torch.ops.qtoolkit.histogram(x, bins, lower, upper)
+
+
+def conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+    residual: Optional[Tensor] = None,  # noqa: UP045
+    residual_scale: Optional[Tensor] = None,  # noqa: UP045
+    residual_zero_point: Optional[Tensor] = None,  # noqa: UP045
+) -> Tensor:
+    """Convolution of codes with exact int32 accumulation; the output is channels_last.
+
+    x: codes [N, C, H, W] in any memory format (channels_last costs nothing); the padding is real 0.
+    weight: int8 [OC, C / groups, KH, KW] with zero point 0; weight_scale: [OC] or one element.
+    bias: int32 [OC] at scale x_scale * weight_scale, or None.
+    y_scale and y_zero_point: the output's parameters, or None for a float32 output (dequantized).
+    relu: max with real 0. residual: codes in the output's shape, added before the ReLU (not with
+    a float32 output).
+
+    The weight is packed once and kept while it lives; an in-place change is noticed by its
+    version. An in-place change of a few elements of a tensor without versions (an inference
+    tensor, or through `.data`) is not: replace such a tensor instead.
+
+    Raises ValueError also where one output is a sum of more than 65793 products, which int32 may
+    not hold.
+    """
+    return torch.ops.qtoolkit.conv2d(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        weight_scale,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+        residual,
+        residual_scale,
+        residual_zero_point,
+    )
+
+
+def linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The fully connected layer: x [..., K] codes, weight int8 [OC, K], the result [..., OC].
+
+    Everything else is as in conv2d.
+    """
+    return torch.ops.qtoolkit.linear(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        weight_scale,
+        bias,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
+def add(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The codes of real a + real b, then ReLU if relu. a and b are broadcast to one shape."""
+    return torch.ops.qtoolkit.add(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
+def requantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The same real values in other parameters (and dtype), then ReLU if relu."""
+    return torch.ops.qtoolkit.requantize(
+        x, x_scale, x_zero_point, y_scale, y_zero_point, quant_min, quant_max, relu
+    )
+
+
+def batch_norm(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The codes of real x * weight[c] + bias[c], then ReLU if relu.
+
+    x: codes [N, C] or [N, C, H, W] (then the output is channels_last); weight, bias: float32 [C],
+    the batch norm written as an affine map.
+    """
+    return torch.ops.qtoolkit.batch_norm(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        bias,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Maximum of the codes [N, C, H, W] in each window, in the same parameters; channels_last.
+
+    The rules of torch.nn.functional.max_pool2d; an empty stride is kernel_size.
+    """
+    return torch.ops.qtoolkit.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def avg_pool2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: Optional[int],  # noqa: UP045
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Mean of the codes [N, C, H, W] in each window; channels_last.
+
+    The rules of torch.nn.functional.avg_pool2d; an empty stride is kernel_size.
+    """
+    return torch.ops.qtoolkit.avg_pool2d(
+        x,
+        x_scale,
+        x_zero_point,
+        kernel_size,
+        stride,
+        padding,
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+    )
+
+
+def adaptive_avg_pool2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    output_size: list[int],
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Mean of the codes [N, C, H, W] in each of output_size windows; channels_last."""
+    return torch.ops.qtoolkit.adaptive_avg_pool2d(
+        x, x_scale, x_zero_point, output_size, y_scale, y_zero_point, quant_min, quant_max
+    )
+
+
+def cat(
+    xs: list[Tensor],
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    dim: int,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Concatenation along dim of codes with their own parameters, each requantized to y's."""
+    return torch.ops.qtoolkit.cat(
+        xs, scales, zero_points, dim, y_scale, y_zero_point, quant_min, quant_max
+    )

@@ -1,0 +1,240 @@
+"""The steps from a float model to a quantized one: prepare, calibrate or train, convert."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm.auto import tqdm
+
+from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.graph.capture import graph_modules
+from qtoolkit.graph.lower import lower_graph
+from qtoolkit.graph.prepare import is_observer, prepare_model
+from qtoolkit.graph.report import get_report, set_report
+from qtoolkit.nn.base import QuantizedModule
+from qtoolkit.nn.qat.batch_norm import _FreezableBatchNorm
+from qtoolkit.qconfig import (
+    QConfigMapping,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
+
+
+def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, tuple | list) and example_inputs:
+        return tuple(example_inputs)
+    raise TypeError(
+        "example_inputs must be a non-empty tuple of what the model's forward takes, such as "
+        f"(torch.randn(1, 3, 224, 224),); got {type(example_inputs).__name__}"
+    )
+
+
+def _check_model(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} needs a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{function} needs the Python module, not its TorchScript")
+    if get_report(model) is not None:
+        raise ValueError(f"{function}: this model is prepared or converted already")
+
+
+def prepare(
+    model: nn.Module,
+    mapping: QConfigMapping | None = None,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """A copy of a float model that is ready for calibration (static post-training quantization).
+
+    The copy is in evaluation mode: batch norms are folded into the layers before them (Jacob et al.
+    2018, section 3.2), layers are fused, and observers stand where values will be codes. Modules keep
+    their names. The model itself is not changed.
+
+    Args:
+        model: the float model.
+        mapping: how each layer is quantized; ``get_default_qconfig_mapping("x86")`` if None.
+        example_inputs: what ``model.forward`` takes, as a tuple; used to trace it and for shapes.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example_inputs`` is missing or no tuple.
+        ValueError: the model is prepared or converted already.
+        RuntimeError: the model fails on the example inputs.
+    """
+    _check_model(model, "prepare")
+    mapping = get_default_qconfig_mapping("x86") if mapping is None else mapping
+    return prepare_model(model, mapping, _as_tuple(example_inputs), qat=False)
+
+
+def prepare_qat(
+    model: nn.Module,
+    mapping: QConfigMapping | None = None,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """A copy of a float model that trains with quantization simulated (quantization-aware training).
+
+    Weights and activations are fake-quantized with straight-through gradients (Jacob et al. 2018,
+    section 3). Batch norms stay ordinary layers that see the statistics of the quantized network, and
+    are folded by ``convert``. Parameters keep their names. The copy is in training mode; control flow
+    that depends on the mode is traced as in evaluation. The model itself is not changed.
+
+    Args:
+        model: the float model, usually trained.
+        mapping: how each layer is quantized; ``get_default_qat_qconfig_mapping("x86")`` if None.
+        example_inputs: what ``model.forward`` takes, as a tuple.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``prepare``.
+    """
+    _check_model(model, "prepare_qat")
+    mapping = get_default_qat_qconfig_mapping("x86") if mapping is None else mapping
+    return prepare_model(model, mapping, _as_tuple(example_inputs), qat=True)
+
+
+def _observers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_observer(module)]
+
+
+def _input_count(model: nn.Module) -> int | None:
+    """How many inputs a captured model takes; None if that is not known."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    return sum(node.op == "placeholder" for node in model.graph.nodes)
+
+
+def _call(model: nn.Module, batch: Any, device: torch.device | None) -> None:
+    """Runs the model on a batch: inputs alone, or (input, ..., label)."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    if isinstance(batch, dict):
+        model(**{key: move(value) for key, value in batch.items()})
+        return
+    if isinstance(batch, torch.Tensor):
+        model(move(batch))
+        return
+    if not isinstance(batch, tuple | list) or not batch:
+        raise TypeError(
+            "a calibration batch must be a tensor, a tuple (input, label) or a dict of inputs; got "
+            f"{type(batch).__name__}"
+        )
+    count = _input_count(model) or 1
+    model(*(move(value) for value in batch[:count]))
+
+
+def calibrate(
+    prepared: nn.Module,
+    loader: Iterable[Any],
+    max_batches: int | None = None,
+    *,
+    progress: bool = True,
+) -> nn.Module:
+    """Runs a prepared model on representative data, so that its observers see the activations.
+
+    Args:
+        prepared: the result of ``prepare`` (or ``prepare_qat``); it is changed and returned.
+        loader: batches: tensors, tuples ``(input, label)``, or dicts of keyword inputs.
+        max_batches: stop after so many.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the model is not prepared, there is no data, or a batch gives NaN or infinite
+            activations (names the layer).
+    """
+    if get_report(prepared) is None:
+        raise ValueError("calibrate needs the result of qt.prepare")
+    observers = _observers(prepared)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+    device = next((p.device for p in prepared.parameters()), None)
+    training = {module: module.training for module in prepared.modules()}
+    prepared.eval()
+    # A fake-quantize module observes in training only.
+    for observer in observers:
+        observer.train()
+    batches = 0
+    total = len(loader) if hasattr(loader, "__len__") else None
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
+    try:
+        with torch.no_grad():
+            for batch in tqdm(loader, "calibrate", total=total, disable=not progress):
+                _call(prepared, batch, device)
+                batches += 1
+                if batches == max_batches:
+                    break
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if batches == 0:
+        raise ValueError("calibrate got no data: the loader is empty")
+    return prepared
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """The quantized model: layers that compute on 8-bit codes.
+
+    Args:
+        prepared: the result of ``prepare`` after ``calibrate``, or of ``prepare_qat`` after training.
+            It is not changed.
+
+    Returns:
+        A copy in evaluation mode, made of ordinary modules with plain uint8 and int8 tensors.
+
+    Raises:
+        RuntimeError: the model is not calibrated; names the layer.
+        ValueError: the model is not prepared, or activations were NaN or infinite; names the layer.
+    """
+    report = get_report(prepared)
+    if report is None:
+        raise ValueError("convert needs the result of qt.prepare or qt.prepare_qat")
+    if any(isinstance(module, QuantizedModule) for module in prepared.modules()):
+        raise ValueError("convert: this model is converted already")
+    quantized = copy.deepcopy(prepared).eval()
+    report = copy.deepcopy(report)
+    for name, module in list(graph_modules(quantized)):
+        lower_graph(module, f"{name}." if name else "", report)
+    set_report(quantized, report)
+    for parameter in quantized.parameters():
+        parameter.requires_grad_(False)
+    return quantized.eval()
+
+
+def freeze_bn(model: nn.Module) -> nn.Module:
+    """Makes the batch norms of a QAT model use their running statistics from now on, also in training.
+
+    Returns the model, changed in place.
+
+    Raises:
+        ValueError: the model is not the result of ``prepare_qat``.
+    """
+    _require_qat(model, "freeze_bn")
+    for module in model.modules():
+        if isinstance(module, _FreezableBatchNorm):
+            module.freeze()
+    return model
+
+
+def freeze_observers(model: nn.Module) -> nn.Module:
+    """Keeps the ranges of a QAT model as they are from now on, also in training.
+
+    Returns the model, changed in place.
+
+    Raises:
+        ValueError: the model is not the result of ``prepare_qat``.
+    """
+    _require_qat(model, "freeze_observers")
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.freeze()
+    return model
+
+
+def _require_qat(model: nn.Module, function: str) -> None:
+    if not any(isinstance(module, FakeQuantize) for module in model.modules()):
+        raise ValueError(f"{function} needs the result of qt.prepare_qat")

@@ -1,0 +1,463 @@
+// Every path of the convolution kernels against the reference, bit for bit, and the reference
+// against the definition.
+
+#include "kernels/conv2d.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "guarded_buffer.h"
+#include "kernels/path.h"
+#include "paths.h"
+
+namespace qtoolkit::kernels {
+namespace {
+
+using testing::GuardedBuffer;
+
+struct Size {
+  int64_t height, width;                      // of the output
+  int64_t groups, in_channels, out_channels;  // channels per group
+  int64_t kernel_height, kernel_width;
+  int64_t stride = 1, dilation = 1;
+  int64_t extra = 0;  // bytes between a pixel's channels and the next pixel, everywhere
+  bool depthwise = false;
+
+  std::string name() const {
+    std::string text;
+    for (int64_t part : {height, width, groups, in_channels, out_channels, kernel_height,
+                         kernel_width, stride, dilation, extra}) {
+      text += (text.empty() ? "" : "_") + std::to_string(part);
+    }
+    return text;
+  }
+  Kernel kernel() const { return depthwise ? Kernel::conv2d_depthwise : Kernel::conv2d; }
+};
+
+enum class Residual { none, unsigned_codes, signed_codes };
+enum class Values { random, largest, most_negative };
+
+struct Variant {
+  const char* name;
+  Conv2dOutput output = Conv2dOutput::codes;
+  int32_t zero_point = 128, lo = 0, hi = 255;
+  Residual residual = Residual::none;
+  bool relu = false;
+  Values values = Values::random;
+  float multiplier = 0.0f;  // 0: random ones that spread the outputs over the range
+  float residual_multiplier = 0.37f;
+};
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+const Variant kVariants[] = {
+    {.name = "codes"},
+    {.name = "relu", .zero_point = 0},
+    {.name = "narrow bounds", .zero_point = 17, .lo = 17, .hi = 200},
+    {.name = "signed", .zero_point = -5, .lo = -128, .hi = 127},
+    {.name = "signed narrow", .zero_point = 3, .lo = -3, .hi = 100},
+    {.name = "residual", .zero_point = 90, .residual = Residual::unsigned_codes},
+    {.name = "signed residual", .zero_point = 0, .residual = Residual::signed_codes},
+    {.name = "all signed",
+     .zero_point = -128,
+     .lo = -128,
+     .hi = 127,
+     .residual = Residual::signed_codes},
+    {.name = "float", .output = Conv2dOutput::float32},
+    {.name = "float relu", .output = Conv2dOutput::float32, .relu = true},
+    {.name = "float NaN", .output = Conv2dOutput::float32, .relu = true, .multiplier = kNan},
+    {.name = "largest", .values = Values::largest},
+    {.name = "largest, rounding away nothing", .values = Values::largest, .multiplier = 1.0f},
+    {.name = "most negative", .values = Values::most_negative},
+    {.name = "past int32", .values = Values::largest, .multiplier = 1e6f},
+    {.name = "past -int32", .values = Values::most_negative, .multiplier = 1e6f},
+    {.name = "past float",
+     .residual = Residual::unsigned_codes,
+     .multiplier = 3e38f,
+     .residual_multiplier = 3e38f},
+    {.name = "infinite", .zero_point = 77, .multiplier = kInfinity},
+    {.name = "NaN", .zero_point = 77, .lo = 70, .hi = 80, .multiplier = kNan},
+    {.name = "NaN of the residual",
+     .zero_point = -7,
+     .lo = -128,
+     .hi = 127,
+     .residual = Residual::unsigned_codes,
+     .residual_multiplier = kInfinity},
+};
+
+// The arguments of one call and all the memory they point to; every buffer is as small as the
+// contract allows.
+class Problem {
+ public:
+  Problem(const Size& size, const Variant& variant)
+      : shape_(shape_of(size)),
+        columns_((size.width - 1) * size.stride + (size.kernel_width - 1) * size.dilation + 1),
+        rows_((size.height - 1) * size.stride + (size.kernel_height - 1) * size.dilation + 1),
+        in_stride_(size.groups * size.in_channels + size.extra),
+        out_channels_(size.groups * size.out_channels),
+        out_stride_(out_channels_ + size.extra),
+        x_(rows_ * columns_ * in_stride_ - size.extra +
+           (!size.depthwise && shape_.overreads() ? kOverread : 0)),
+        weight_(out_channels_ * shape_.in_channels * shape_.kernel_height * shape_.kernel_width),
+        packed_(size.depthwise ? weight_.size() : shape_.packed_bytes()),
+        offset_(size.depthwise ? size.groups : shape_.padded_channels()),
+        multiplier_(offset_.size()),
+        residual_(shape_.pixels() * out_stride_ - size.extra) {
+    fill(variant);
+    if (size.depthwise) {
+      pack_conv2d_depthwise_weight(shape_, weight_.data(), packed_.data());
+    } else {
+      pack_conv2d_weight(shape_, weight_.data(), packed_.data());
+    }
+    args_.shape = shape_;
+    args_.x = x_.data();
+    args_.x_row_stride = columns_ * in_stride_;
+    args_.x_pixel_stride = in_stride_;
+    args_.weight = weight_.data();
+    args_.packed = packed_.data();
+    args_.offset = offset_.data();
+    args_.multiplier = multiplier_.data();
+    args_.output = variant.output;
+    args_.y_pixel_stride = out_stride_;
+    args_.zero_point = variant.zero_point;
+    args_.lo = variant.lo;
+    args_.hi = variant.hi;
+    args_.relu = variant.relu;
+    if (variant.residual != Residual::none) {
+      args_.residual = residual_.data();
+      args_.residual_pixel_stride = out_stride_;
+      args_.residual_signed = variant.residual == Residual::signed_codes;
+      args_.residual_zero_point = args_.residual_signed ? -9 : 121;
+      args_.residual_multiplier = variant.residual_multiplier;
+    }
+  }
+
+  // The bytes of y, with those between pixels, after units [0, end) in uneven ranges.
+  GuardedBuffer<uint8_t> run() {
+    const int64_t element = args_.output == Conv2dOutput::float32 ? 4 : 1;
+    GuardedBuffer<uint8_t> y(residual_.size() * element, 0xa5);
+    args_.y = y.data();
+    const bool depthwise = offset_.size() != shape_.padded_channels();
+    const int64_t units = depthwise ? shape_.out_height : conv2d_units(shape_);
+    const auto kernel = depthwise ? conv2d_depthwise : conv2d;
+    kernel(args_, 0, units / 3);
+    kernel(args_, units / 3, units / 3);
+    kernel(args_, units / 3, units);
+    return y;
+  }
+
+  const Conv2dArgs& args() const { return args_; }
+
+ private:
+  static Conv2dShape shape_of(const Size& size) {
+    Conv2dShape shape;
+    shape.out_height = size.height;
+    shape.out_width = size.width;
+    shape.groups = size.groups;
+    shape.in_channels = size.in_channels;
+    shape.out_channels = size.out_channels;
+    shape.kernel_height = size.kernel_height;
+    shape.kernel_width = size.kernel_width;
+    shape.stride_height = shape.stride_width = size.stride;
+    shape.dilation_height = shape.dilation_width = size.dilation;
+    shape.dense_pixels = size.extra == 0;
+    return shape;
+  }
+
+  void fill(const Variant& variant) {
+    std::mt19937 random(17);
+    const int sign = variant.values == Values::largest ? 1 : -1;
+    for (uint8_t& code : x_) {
+      code = variant.values == Values::random ? static_cast<uint8_t>(random()) : 255;
+    }
+    for (int8_t& code : weight_) {
+      code = static_cast<int8_t>(variant.values == Values::random ? random() : sign * 127);
+    }
+    for (uint8_t& code : residual_) code = static_cast<uint8_t>(random());
+    for (int32_t& value : offset_) value = static_cast<int32_t>(random() % 20001) - 10000;
+    // An accumulator of k products is about 150 * 74 * sqrt(k) wide.
+    const double reduction =
+        static_cast<double>(weight_.size()) / static_cast<double>(out_channels_);
+    for (float& value : multiplier_) {
+      const double spread = 0.5 + static_cast<double>(random() % 1000) / 1000;
+      value = variant.multiplier != 0.0f
+                  ? variant.multiplier
+                  : static_cast<float>(60 * spread / (11000 * std::sqrt(reduction)));
+    }
+  }
+
+  Conv2dShape shape_;
+  int64_t columns_, rows_, in_stride_, out_channels_, out_stride_;
+  GuardedBuffer<uint8_t> x_;
+  GuardedBuffer<int8_t> weight_, packed_;
+  GuardedBuffer<int32_t> offset_;
+  GuardedBuffer<float> multiplier_;
+  GuardedBuffer<uint8_t> residual_;
+  Conv2dArgs args_;
+};
+
+const std::vector<Size>& sizes() {
+  static const std::vector<Size> result = {
+      // height, width, groups, in, out, kernel, stride, dilation, extra
+      {1, 1, 1, 1, 1, 1, 1},
+      {1, 1, 1, 64, 33, 1, 1},
+      {1, 3, 1, 3, 5, 3, 3},
+      {5, 7, 1, 3, 16, 3, 3},
+      {3, 5, 1, 5, 31, 3, 3},
+      {9, 11, 1, 3, 64, 7, 7, 2},
+      {4, 6, 1, 16, 17, 5, 5, 1, 1},
+      {7, 7, 1, 33, 32, 1, 1, 2},
+      {7, 3, 1, 31, 33, 3, 3, 3},
+      {5, 5, 1, 16, 64, 3, 3, 1, 2},
+      {6, 5, 1, 7, 40, 3, 3, 2, 2},
+      {14, 14, 1, 64, 64, 3, 3, 1},
+      {5, 9, 1, 6, 48, 1, 3},
+      {5, 9, 1, 6, 15, 5, 1, 1, 2},
+      {5, 7, 2, 3, 5, 3, 3},
+      {5, 7, 2, 16, 33, 3, 3, 2},
+      {5, 7, 4, 5, 16, 3, 3, 1, 2},
+      {3, 7, 4, 1, 3, 5, 5, 3},
+      {8, 8, 4, 8, 8, 1, 1},
+      {5, 7, 1, 3, 16, 3, 3, 1, 1, 5},
+      {5, 7, 1, 32, 33, 3, 3, 2, 1, 3},
+      {5, 7, 2, 5, 9, 3, 3, 1, 2, 7},
+  };
+  return result;
+}
+
+const std::vector<Size>& depthwise_sizes() {
+  static const std::vector<Size> result = [] {
+    std::vector<Size> list = {
+        {1, 1, 1, 1, 1, 1, 1},           {5, 9, 7, 1, 1, 3, 3},     {5, 6, 16, 1, 1, 3, 3, 2},
+        {7, 5, 33, 1, 1, 3, 3, 3},       {5, 5, 96, 1, 1, 3, 3},    {4, 7, 96, 1, 1, 3, 3, 2, 2},
+        {3, 5, 64, 1, 1, 5, 5, 1, 2},    {5, 3, 33, 1, 1, 7, 7, 2}, {6, 4, 17, 1, 1, 1, 5},
+        {6, 4, 65, 1, 1, 4, 2},          {2, 9, 130, 1, 1, 9, 9},   {5, 5, 31, 1, 1, 3, 3, 1, 1, 5},
+        {5, 5, 72, 1, 1, 3, 3, 2, 1, 9}, {3, 3, 1, 1, 1, 3, 3},     {2, 2, 70, 1, 1, 13, 12},
+    };
+    for (Size& size : list) size.depthwise = true;
+    return list;
+  }();
+  return result;
+}
+
+GuardedBuffer<uint8_t> result_of(Path path, Kernel kernel, Problem& problem) {
+  std::optional<GuardedBuffer<uint8_t>> y;
+  run_on(path, kernel, [&] { y.emplace(problem.run()); });
+  return std::move(*y);
+}
+
+// --- every path equals the reference ------------------------------------------------------------
+
+using PathCase = std::tuple<Size, Path>;
+class Conv2dPath : public ::testing::TestWithParam<PathCase> {};
+
+TEST_P(Conv2dPath, EqualsTheReferenceBitForBit) {
+  const auto& [size, path] = GetParam();
+  for (const Variant& variant : kVariants) {
+    SCOPED_TRACE(variant.name);
+    Problem problem(size, variant);
+    const auto expected = result_of(Path::reference, size.kernel(), problem);
+    const auto actual = result_of(path, size.kernel(), problem);
+    ASSERT_EQ(expected.size(), actual.size());
+    for (int64_t i = 0; i < expected.size(); ++i) {
+      ASSERT_EQ(int{expected[i]}, int{actual[i]}) << "byte " << i << " of " << expected.size();
+    }
+  }
+}
+
+std::string case_name(const ::testing::TestParamInfo<PathCase>& info) {
+  return std::string(name(std::get<1>(info.param))) + "_" + std::get<0>(info.param).name();
+}
+
+INSTANTIATE_TEST_SUITE_P(Conv2d, Conv2dPath,
+                         ::testing::Combine(::testing::ValuesIn(sizes()),
+                                            ::testing::ValuesIn(runnable_paths(Kernel::conv2d))),
+                         case_name);
+INSTANTIATE_TEST_SUITE_P(
+    Depthwise, Conv2dPath,
+    ::testing::Combine(::testing::ValuesIn(depthwise_sizes()),
+                       ::testing::ValuesIn(runnable_paths(Kernel::conv2d_depthwise))),
+    case_name);
+
+// --- the reference equals the definition --------------------------------------------------------
+
+// A convolution written as its definition: NCHW, not padded in memory, in 64-bit integers.
+struct Definition {
+  int64_t channels = 6, height = 8, width = 9, groups, out_channels = 12;
+  int64_t kernel = 3, stride, dilation, padding = 2;
+  int32_t x_zero_point = 131;
+  std::vector<uint8_t> x;      // [channels, height, width]
+  std::vector<int8_t> weight;  // [out_channels, channels / groups, kernel, kernel]
+  std::vector<int32_t> bias;
+
+  int64_t out_height() const {
+    return (height + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  }
+  int64_t out_width() const {
+    return (width + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  }
+  int64_t accumulator(int64_t channel, int64_t row, int64_t column) const {
+    const int64_t per_group = channels / groups;
+    const int64_t group = channel / (out_channels / groups);
+    int64_t sum = bias[channel];
+    for (int64_t i = 0; i < per_group; ++i) {
+      for (int64_t ky = 0; ky < kernel; ++ky) {
+        for (int64_t kx = 0; kx < kernel; ++kx) {
+          const int64_t in_row = row * stride - padding + ky * dilation;
+          const int64_t in_column = column * stride - padding + kx * dilation;
+          if (in_row < 0 || in_row >= height || in_column < 0 || in_column >= width) continue;
+          const int64_t code = x[((group * per_group + i) * height + in_row) * width + in_column];
+          sum += (code - x_zero_point) *
+                 weight[((channel * per_group + i) * kernel + ky) * kernel + kx];
+        }
+      }
+    }
+    return sum;
+  }
+};
+
+class Conv2dReference : public ::testing::TestWithParam<std::tuple<int, int, int>> {};
+
+TEST_P(Conv2dReference, EqualsTheDefinition) {
+  Definition d;
+  int groups, stride, dilation;
+  std::tie(groups, stride, dilation) = GetParam();
+  d.groups = groups;
+  d.stride = stride;
+  d.dilation = dilation;
+  const bool depthwise = groups == 6;
+  if (depthwise) d.out_channels = 6;
+  std::mt19937 random(5);
+  d.x.resize(d.channels * d.height * d.width);
+  for (uint8_t& code : d.x) code = static_cast<uint8_t>(random());
+  d.weight.resize(d.out_channels * d.channels / d.groups * d.kernel * d.kernel);
+  for (int8_t& code : d.weight) code = static_cast<int8_t>(random());
+  for (int64_t i = 0; i < d.out_channels; ++i) {
+    d.bias.push_back(static_cast<int32_t>(random() % 10001) - 5000);
+  }
+
+  Conv2dArgs args;
+  Conv2dShape& s = args.shape;
+  s.out_height = d.out_height();
+  s.out_width = d.out_width();
+  s.groups = d.groups;
+  s.in_channels = d.channels / d.groups;
+  s.out_channels = d.out_channels / d.groups;
+  s.kernel_height = s.kernel_width = d.kernel;
+  s.stride_height = s.stride_width = d.stride;
+  s.dilation_height = s.dilation_width = d.dilation;
+
+  // The padded NHWC image, and zero point and bias folded into the offset.
+  const int64_t columns = d.width + 2 * d.padding, rows = d.height + 2 * d.padding;
+  std::vector<uint8_t> x(rows * columns * d.channels + kOverread,
+                         static_cast<uint8_t>(d.x_zero_point));
+  for (int64_t c = 0; c < d.channels; ++c) {
+    for (int64_t i = 0; i < d.height; ++i) {
+      for (int64_t j = 0; j < d.width; ++j) {
+        x[((i + d.padding) * columns + j + d.padding) * d.channels + c] =
+            d.x[(c * d.height + i) * d.width + j];
+      }
+    }
+  }
+  const auto slot = [&](int64_t channel) {  // where offset and multiplier keep a channel
+    if (depthwise) return channel;
+    return channel / s.out_channels * s.blocks_per_group() * kChannelBlock +
+           channel % s.out_channels;
+  };
+  std::vector<int32_t> offset(s.padded_channels());
+  std::vector<float> multiplier(s.padded_channels());
+  const int64_t reduction = s.in_channels * d.kernel * d.kernel;
+  for (int64_t channel = 0; channel < d.out_channels; ++channel) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < reduction; ++i) sum += d.weight[channel * reduction + i];
+    offset[slot(channel)] = d.bias[channel] - d.x_zero_point * sum;
+    multiplier[slot(channel)] = 0.001f * static_cast<float>(1 + random() % 5);
+  }
+  std::vector<int8_t> residual(s.pixels() * d.out_channels);
+  for (int8_t& code : residual) code = static_cast<int8_t>(random());
+
+  args.x = x.data();
+  args.x_pixel_stride = d.channels;
+  args.x_row_stride = columns * d.channels;
+  args.weight = d.weight.data();
+  args.offset = offset.data();
+  args.multiplier = multiplier.data();
+  std::vector<uint8_t> codes(s.pixels() * d.out_channels);
+  args.y = codes.data();
+  args.y_pixel_stride = d.out_channels;
+  args.zero_point = 40;
+  args.lo = 30;
+  args.hi = 250;
+  args.residual = residual.data();
+  args.residual_pixel_stride = d.out_channels;
+  args.residual_signed = true;
+  args.residual_zero_point = 11;
+  args.residual_multiplier = 0.21f;
+
+  const auto run = [&] {
+    if (depthwise) {
+      conv2d_depthwise(args, 0, s.out_height);
+    } else {
+      conv2d(args, 0, conv2d_units(s));
+    }
+  };
+  const Kernel kernel = depthwise ? Kernel::conv2d_depthwise : Kernel::conv2d;
+  run_on(Path::reference, kernel, run);
+  std::vector<float> values(codes.size());
+  args.output = Conv2dOutput::float32;
+  args.y = values.data();
+  run_on(Path::reference, kernel, run);
+
+  for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
+    for (int64_t channel = 0; channel < d.out_channels; ++channel) {
+      const int64_t acc = d.accumulator(channel, pixel / s.out_width, pixel % s.out_width);
+      const float product = static_cast<float>(acc) * multiplier[slot(channel)];
+      const int64_t at = pixel * d.out_channels + channel;
+      const float centred = static_cast<float>(residual[at] - 11) * 0.21f;
+      const float sum = product + centred;
+      const double code = std::nearbyint(static_cast<double>(sum)) + 40;
+      ASSERT_EQ(int{codes[at]}, static_cast<int>(std::clamp(code, 30.0, 250.0)))
+          << "pixel " << pixel << " channel " << channel;
+      ASSERT_EQ(values[at], product) << "pixel " << pixel << " channel " << channel;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(GroupsStrideDilation, Conv2dReference,
+                         ::testing::Combine(::testing::Values(1, 2, 3, 6),
+                                            ::testing::Values(1, 2, 3), ::testing::Values(1, 2)));
+
+// --- the choice of paths ------------------------------------------------------------------------
+
+class Conv2dPaths : public ::testing::TestWithParam<Kernel> {};
+
+TEST_P(Conv2dPaths, AllThatThisMachineShouldHaveRun) {
+  const Kernel kernel = GetParam();
+  std::vector<Path> expected = {Path::reference, Path::portable};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) expected.push_back(Path::avx2);
+  if (__builtin_cpu_supports("avx512vnni")) expected.push_back(Path::avx512vnni);
+#endif
+  Size size{3, 3, 4, 1, 1, 3, 3};
+  size.depthwise = kernel == Kernel::conv2d_depthwise;
+  for (Path path : expected) {
+    Problem problem(size, kVariants[0]);
+    result_of(path, kernel, problem);
+  }
+  EXPECT_EQ(selected_path(kernel), expected.back());
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, Conv2dPaths,
+                         ::testing::Values(Kernel::conv2d, Kernel::conv2d_depthwise),
+                         [](const auto& info) { return std::string(name(info.param)); });
+
+}  // namespace
+}  // namespace qtoolkit::kernels
