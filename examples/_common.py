@@ -169,7 +169,10 @@ def train(
             schedule.step()
             total += loss.item()
         seconds = time.perf_counter() - start
-        print(f"  epoch {epoch + 1}/{epochs}: loss {total / len(loader):.4f}  ({seconds:.1f} s)")
+        print(
+            f"  epoch {epoch + 1}/{epochs}: loss {total / len(loader):.4f}  ({seconds:.1f} s)",
+            flush=True,
+        )
 
 
 # --- timing and tables --------------------------------------------------------------------------

@@ -131,17 +131,29 @@ use_compiler() {
   export CXX
 }
 
-compiles() { echo "#include <$1>" | "$CXX" -x c++ -E ${2:+"-I$2"} - >/dev/null 2>&1; }
+# Whether the compiler finds a header, with these options.
+finds_header() {
+  local header=$1
+  shift
+  echo "#include <$header>" | "$CXX" -x c++ -E "$@" - >/dev/null 2>&1
+}
+
+# GCC brings OpenMP; for Clang it is a package.
+use_openmp() {
+  finds_header omp.h -fopenmp && return
+  if can_install; then apt_install libomp-dev || true; fi
+  finds_header omp.h -fopenmp || die "$CXX finds no omp.h. Install libomp-dev, or use g++ (CXX=g++)."
+}
 
 use_python_headers() {
   local version include
   read -r version include < <(python -c \
     'import sys, sysconfig; print("%d.%d" % sys.version_info[:2], sysconfig.get_path("include"))')
-  compiles Python.h "$include" && return
+  finds_header Python.h "-I$include" && return
   local unpacked="$SYSROOT/usr/include/python$version"
   if [[ ! -f $unpacked/Python.h ]]; then
     if can_install; then
-      apt_install "python$version-dev" && compiles Python.h "$include" && return
+      apt_install "python$version-dev" && finds_header Python.h "-I$include" && return
     else
       apt_unpack "libpython$version-dev" || true
     fi
@@ -153,7 +165,7 @@ use_python_headers() {
 
 use_googletest() {
   local unpacked="$SYSROOT/usr"
-  if ! compiles gtest/gtest.h && [[ ! -f $unpacked/include/gtest/gtest.h ]]; then
+  if ! finds_header gtest/gtest.h && [[ ! -f $unpacked/include/gtest/gtest.h ]]; then
     if can_install; then
       apt_install libgtest-dev ccache || true
     else
@@ -163,7 +175,7 @@ use_googletest() {
   if [[ -f $unpacked/include/gtest/gtest.h ]]; then
     export CMAKE_PREFIX_PATH="$unpacked${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH}"
   else
-    compiles gtest/gtest.h || die "GoogleTest not found. Install libgtest-dev."
+    finds_header gtest/gtest.h || die "GoogleTest not found. Install libgtest-dev."
   fi
 }
 
@@ -227,6 +239,7 @@ print("build/%s-torch%s" % (sys.implementation.cache_tag, m.version("torch").spl
 set_up() {
   use_venv
   use_compiler
+  use_openmp
   use_python_headers
   if [[ ${QTOOLKIT_TESTS:-OFF} == ON ]]; then use_googletest; fi
   install_requirements

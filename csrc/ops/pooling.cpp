@@ -50,7 +50,7 @@ Windows check_windows(const char* op, at::IntArrayRef kernel_size, at::IntArrayR
   const Windows windows = {{kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode},
                            {kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode}};
   for (const Window& window : {windows.rows, windows.columns}) {
-    TORCH_CHECK_VALUE(window.padding <= window.extent() / 2, "qtoolkit::", op,
+    TORCH_CHECK_VALUE(window.padding <= window.kernel / 2, "qtoolkit::", op,
                       ": padding must be at most half the kernel, got padding ", padding,
                       " and kernel_size ", kernel_size);
   }

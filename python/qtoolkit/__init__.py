@@ -1,11 +1,11 @@
 """qtoolkit: quantization for PyTorch, from a float model to a verified low-precision one.
 
-    import qtoolkit as qt
+import qtoolkit as qt
 
-    prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), example_inputs=(x,))
-    qt.calibrate(prepared, loader, max_batches=32)
-    quantized = qt.convert(prepared)
-    qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
+prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), example_inputs=(x,))
+qt.calibrate(prepared, loader, max_batches=32)
+quantized = qt.convert(prepared)
+qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
 """
 
 from qtoolkit import _library  # isort: skip  (loads the operators, which the rest needs)

@@ -106,7 +106,7 @@ def _real(layer: QuantizedModule, output: Tensor) -> Tensor:
     if layer.output_scale is None:
         return output
     codes = output.to(torch.int32) - layer.output_zero_point
-    return codes.float() * layer.output_scale  # type: ignore[operator]
+    return codes.float() * layer.output_scale
 
 
 def _first_tensor(value: Any) -> Tensor:
@@ -189,4 +189,4 @@ def _record_float(model: nn.Module, wanted: set[str], values: dict[Any, Tensor])
     for part, module in graph_modules(model):
         run = _FloatRun(module, wanted, values)
         run.part = part
-        module.forward = lambda *args, run=run: run.run(*args)  # type: ignore[method-assign]
+        module.forward = lambda *args, run=run: run.run(*args)

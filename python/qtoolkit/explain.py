@@ -82,8 +82,8 @@ def explain(model: nn.Module) -> Explanation:
                 LayerExplanation(
                     str(module.name) or name,
                     type(module).__name__,
-                    str(spec.format),  # type: ignore[union-attr]
-                    f"{kind}, {spec.granularity}",  # type: ignore[union-attr]
+                    str(spec.format),
+                    f"{kind}, {spec.granularity}",
                 )
             )
     layers += [

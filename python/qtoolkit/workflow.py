@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ def prepare(
     """A copy of a float model that is ready for calibration (static post-training quantization).
 
     The copy is in evaluation mode: batch norms are folded into the layers before them (Jacob et al.
-    2018, section 3.2), layers are fused, and observers stand where values will be codes. Modules keep
-    their names. The model itself is not changed.
+    2018, section 3.2), layers are fused, and observers stand where values will be codes. Modules
+    keep their names. The model itself is not changed.
 
     Args:
         model: the float model.
@@ -75,12 +75,14 @@ def prepare_qat(
     mapping: QConfigMapping | None = None,
     example_inputs: Any = None,
 ) -> nn.Module:
-    """A copy of a float model that trains with quantization simulated (quantization-aware training).
+    """A copy of a float model that trains with quantization simulated (quantization-aware
+    training).
 
     Weights and activations are fake-quantized with straight-through gradients (Jacob et al. 2018,
-    section 3). Batch norms stay ordinary layers that see the statistics of the quantized network, and
-    are folded by ``convert``. Parameters keep their names. The copy is in training mode; control flow
-    that depends on the mode is traced as in evaluation. The model itself is not changed.
+    section 3). Batch norms stay ordinary layers that see the statistics of the quantized network,
+    and are folded by ``convert``. Parameters keep their names. The copy is in training mode;
+    control flow that depends on the mode is traced as in evaluation. The model itself is not
+    changed.
 
     Args:
         model: the float model, usually trained.
@@ -158,7 +160,7 @@ def calibrate(
     for observer in observers:
         observer.train()
     batches = 0
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
     try:
@@ -180,7 +182,8 @@ def convert(prepared: nn.Module) -> nn.Module:
     """The quantized model: layers that compute on 8-bit codes.
 
     Args:
-        prepared: the result of ``prepare`` after ``calibrate``, or of ``prepare_qat`` after training.
+        prepared: the result of ``prepare`` after ``calibrate``, or of ``prepare_qat`` after
+        training.
             It is not changed.
 
     Returns:
@@ -206,7 +209,8 @@ def convert(prepared: nn.Module) -> nn.Module:
 
 
 def freeze_bn(model: nn.Module) -> nn.Module:
-    """Makes the batch norms of a QAT model use their running statistics from now on, also in training.
+    """Makes the batch norms of a QAT model use their running statistics from now on, also in
+    training.
 
     Returns the model, changed in place.
 

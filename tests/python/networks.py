@@ -94,6 +94,9 @@ def settle(model: nn.Module, shape: tuple[int, ...], seed: int = 0) -> nn.Module
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+            else:
+                scale = (2 / parameter[0].numel()) ** 0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         model.train()
         for _ in range(5):
             model(torch.randn(shape, generator=generator))

@@ -94,6 +94,13 @@ def test_counts_stay_in_place_when_the_range_doubles():
     assert torch.equal(counts_of(observer), torch.cat([moved, torch.tensor([0, 0, 0, 1])]))
 
 
+def test_a_bin_that_is_cut_gives_sixteenths_to_each_side():
+    # New bins end at 1.275, 2.55, 3.825: above 4 of the 16 parts of [1, 2) and 13 of [3, 4].
+    observer = observed(HistogramObserver(bins=4), torch.tensor([0.0, 1.5, 4.0]))
+    observer(torch.tensor([5.1]))
+    assert (observer.histogram * 16 // UNITS_PER_VALUE).tolist() == [16 + 4, 12, 13, 3 + 16]
+
+
 def test_a_first_batch_of_one_value_keeps_its_place():
     observer = observed(
         HistogramObserver(bins=10), torch.full((7,), 3.5), torch.tensor([0.0, 10.0])

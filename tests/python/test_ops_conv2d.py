@@ -106,7 +106,9 @@ def test_residual_and_relu_are_exact(geometry, residual_dtype, relu):
 @pytest.mark.parametrize("quant_range", [(0, 15), (-8, 7), (-127, 127), (0, 127)], ids=str)
 def test_narrow_ranges_clamp(quant_range):
     quant_min, quant_max = quant_range
-    y = check(make_case("3x3", quant_min=quant_min, quant_max=quant_max, y_zero_point=zero_point(1)))
+    y = check(
+        make_case("3x3", quant_min=quant_min, quant_max=quant_max, y_zero_point=zero_point(1))
+    )
     assert (int(y.min()), int(y.max())) == quant_range
 
 

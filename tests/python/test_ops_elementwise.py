@@ -156,7 +156,7 @@ def test_cat_is_exact(case, memory_format):
         xs[0] = xs[0].to(memory_format=memory_format)
     y = ops.cat(xs, scales, zeros, dim, s_y, z_y, 0, 255)
     assert torch.equal(y, expected)
-    if len(first) == 4:
+    if len(first) == 4 and y.numel() > 0:
         assert y.is_contiguous(memory_format=memory_format)
 
 

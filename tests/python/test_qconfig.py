@@ -143,6 +143,12 @@ def test_the_last_setting_that_applies_counts():
     assert [pattern for pattern, _ in again.module_names] == ["layer1.*", "layer*"]
 
 
+def test_the_last_setting_of_a_type_counts_under_any_of_its_names():
+    mapping = QConfigMapping().set_module_type("Conv2d", A).set_module_type(nn.Conv2d, B)
+    assert mapping.qconfig_for("conv", nn.Conv2d) == B
+    assert mapping.set_module_type("Conv2d", C).qconfig_for("conv", nn.Conv2d) == C
+
+
 @pytest.mark.parametrize(
     ("pattern", "name", "applies"),
     [

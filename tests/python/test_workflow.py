@@ -261,3 +261,13 @@ def test_an_empty_batch_gives_an_empty_result():
     model = settle(ResNet(), (8, 1, 8, 8))
     empty = quantize(model, batches((4, 1, 8, 8)))(torch.empty(0, 1, 8, 8))
     assert empty.shape == (0, 10)
+
+
+def test_export_program_and_compiled_model_give_the_same_bits(resnet):
+    _, quantized = resnet
+    x = digits()[1][0][0]
+    batch = torch.export.Dim("batch", min=2, max=256)
+    program = torch.export.export(quantized, (x,), dynamic_shapes=({0: batch},))
+    assert torch.equal(program.module()(x[:7]), quantized(x[:7]))
+    compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), quantized(x))

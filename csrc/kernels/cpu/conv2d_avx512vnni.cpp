@@ -8,9 +8,9 @@ namespace {
 constexpr int kLanes = 16;  // int32 in a register
 static_assert(kChannelBlock == 2 * kLanes && kTilePixels == 7);
 
-// One block of channels at up to kTilePixels pixels.
+// One block of channels at up to twice kTilePixels pixels.
 struct Tile {
-  const uint8_t* x[kTilePixels];  // first tap of each pixel
+  const uint8_t* x[2 * kTilePixels];  // first tap of each pixel
   const int8_t* w;
   const int32_t* offset;
   const float* multiplier;
@@ -65,6 +65,81 @@ void accumulate(const Conv2dArgs& args, const Tile& tile, int32_t* result) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       _mm512_storeu_si512(result + p * kChannelBlock + v * kLanes, acc[p][v]);
+    }
+  }
+}
+
+// The quad of bytes at x + step * kScale in every lane. Written out because GCC 12 would rather
+// keep one pointer per pixel, and fourteen do not fit the registers.
+template <int kScale>
+inline __attribute__((always_inline)) __m512i quad_at(const uint8_t* x, int64_t step) {
+  __m512i quad;
+  asm("vpbroadcastd (%1, %2, %c3), %0"
+      : "=v"(quad)
+      : "r"(x), "r"(step), "i"(kScale), "m"(*reinterpret_cast<const char(*)[]>(x)));
+  return quad;
+}
+
+// Seven pixels, `step` bytes apart, times one quad of weights.
+template <int kVectors>
+inline __attribute__((always_inline)) void dot_seven(__m512i (&acc)[kTilePixels][kVectors],
+                                                     const uint8_t* x, int64_t step, int64_t step3,
+                                                     int64_t step5,
+                                                     const __m512i (&weight)[kVectors]) {
+#pragma GCC unroll 7
+  for (int p = 0; p < kTilePixels; ++p) {
+    const __m512i quad = p == 0   ? quad_at<1>(x, 0)
+                         : p == 1 ? quad_at<1>(x, step)
+                         : p == 2 ? quad_at<2>(x, step)
+                         : p == 3 ? quad_at<1>(x, step3)
+                         : p == 4 ? quad_at<4>(x, step)
+                         : p == 5 ? quad_at<1>(x, step5)
+                                  : quad_at<2>(x, step3);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
+  }
+}
+
+// Two tiles at once, each of seven pixels in one row: half the weights to load, and more
+// independent sums than the latency needs.
+template <int kVectors>
+void accumulate_two(const Conv2dArgs& args, const Tile& tile, int32_t* result) {
+  const Conv2dShape& s = args.shape;
+  __m512i acc[2][kTilePixels][kVectors];
+#pragma GCC unroll 14
+  for (int p = 0; p < 2 * kTilePixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      acc[p / kTilePixels][p % kTilePixels][v] = _mm512_loadu_si512(tile.offset + v * kLanes);
+    }
+  }
+  const int64_t step = s.stride_width * args.x_pixel_stride;
+  const int64_t step3 = 3 * step, step5 = 5 * step;
+  const int64_t runs = s.runs_per_row();
+  const int64_t quads = s.run_quads();
+  const int8_t* w = tile.w;
+  for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t first =
+          ky * s.dilation_height * args.x_row_stride + run * s.dilation_width * args.x_pixel_stride;
+      const uint8_t* x = tile.x[0] + first;
+      const uint8_t* second = tile.x[kTilePixels] + first;
+      const int8_t* const end = w + quads * 4 * kChannelBlock;
+      for (; w != end; w += 4 * kChannelBlock, x += 4, second += 4) {
+        __m512i weight[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
+        dot_seven<kVectors>(acc[0], x, step, step3, step5, weight);
+        dot_seven<kVectors>(acc[1], second, step, step3, step5, weight);
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int p = 0; p < 2 * kTilePixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_storeu_si512(result + p * kChannelBlock + v * kLanes,
+                          acc[p / kTilePixels][p % kTilePixels][v]);
     }
   }
 }
@@ -206,7 +281,8 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
       s.kernel_height * s.runs_per_row() * s.run_quads() * 4 * kChannelBlock;
   const int64_t step = s.stride_width * args.x_pixel_stride;
   const int64_t row_step = s.stride_height * args.x_row_stride;
-  alignas(64) int32_t acc[kTilePixels * kChannelBlock] = {};
+  const bool whole_rows = s.out_width % kTilePixels == 0;
+  alignas(64) int32_t acc[2 * kTilePixels * kChannelBlock] = {};
   // Divisions only at the start of a block: between tiles their latency would show.
   for (int64_t unit = begin; unit < end;) {
     const int64_t block = unit / tiles;  // over all groups
@@ -228,10 +304,13 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
     int64_t column = tile.pixel % s.out_width;
     const uint8_t* row = args.x + tile.pixel / s.out_width * row_step + group * s.in_channels;
     const uint8_t* x = row + column * step;
-    for (; unit < block_end; ++unit, tile.pixel += kTilePixels) {
+    const bool wide = tile.channels > kLanes;
+    while (unit < block_end) {
+      const bool two = whole_rows && unit + 1 < block_end;
       const int64_t left = pixels - tile.pixel;
-      const int count = static_cast<int>(left < kTilePixels ? left : kTilePixels);
-      for (int p = 0; p < kTilePixels; ++p) {
+      const int64_t most = two ? 2 * kTilePixels : kTilePixels;
+      const int count = static_cast<int>(left < most ? left : most);
+      for (int p = 0; p < most; ++p) {
         tile.x[p] = x;
         ++column;
         const bool wrap = column == s.out_width;
@@ -239,8 +318,14 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
         x = wrap ? row : x + step;
         column = wrap ? 0 : column;
       }
-      kAccumulate[count - 1][tile.channels > kLanes](args, tile, acc);
+      if (two) {
+        (wide ? accumulate_two<2> : accumulate_two<1>)(args, tile, acc);
+      } else {
+        kAccumulate[count - 1][wide](args, tile, acc);
+      }
       store(args, tile, rule, acc, count);
+      unit += two ? 2 : 1;
+      tile.pixel += most;
     }
   }
 }

@@ -1,7 +1,7 @@
 """Graph capture: from a model to ``torch.fx`` graphs of as much of it as can be traced.
 
-A module whose ``forward`` cannot be traced keeps it; capture goes on inside its children. Each captured
-part is a ``GraphModule`` at the place of the module it came from.
+A module whose ``forward`` cannot be traced keeps it; capture goes on inside its children. Each
+captured part is a ``GraphModule`` at the place of the module it came from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 
 
 def _location(error: BaseException) -> str:
-    """Where in the user's code an error arose: the innermost frame outside PyTorch and this file."""
+    """Where in the user's code an error arose: the innermost frame outside PyTorch and this
+    file."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         if not frame.filename.startswith(_TORCH_FOLDER) and frame.filename != __file__:
@@ -127,8 +128,9 @@ def _capture(module: nn.Module, name: str, uncaptured: list[Uncaptured]) -> nn.M
         _capture_children(module, name, uncaptured)
         return module
     for node in graph.nodes:
-        # An annotation that is a string (postponed evaluation) means nothing in generated code.
-        if isinstance(node.type, str):
+        # A string (a postponed annotation) means nothing in generated code, and a result's type may
+        # depend on a branch that was not taken; TorchScript would take either at its word.
+        if isinstance(node.type, str) or node.op == "output":
             node.type = None
     result = fx.GraphModule(tracer.root, graph, type(module).__name__)
     result.train(module.training)
@@ -187,8 +189,8 @@ def capture(
             expected = original(*copy.deepcopy(example_inputs))
     except Exception as error:
         raise RuntimeError(
-            f"the model failed on the example inputs ({_reason(error)}); example_inputs must be what "
-            "the model's forward takes, as a tuple"
+            f"the model failed on the example inputs ({_reason(error)}); example_inputs must be "
+            "what the model's forward takes, as a tuple"
         ) from error
 
     uncaptured: list[Uncaptured] = []

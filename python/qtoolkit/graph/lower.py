@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.graph.normalize import free_name
+from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.patterns import Match, called_module
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
@@ -73,8 +74,9 @@ class _Lowering:
         return None
 
     def _lower_layer(self, match: Match) -> None:
-        anchor = called_module(match.anchor, self.module)
-        assert anchor is not None
+        note = note_of(called_module(match.anchor, self.module))
+        assert note is not None
+        assert note.qconfig is not None
         # Every input passed an observer, so it is codes; see prepare.
         inputs = [self.replaced.get(node, node) for node in match.inputs]
         qparams = [self.codes[node] for node in inputs]
@@ -83,14 +85,12 @@ class _Lowering:
         # Without an observer the result is float32; a bound other than ReLU's stays a layer.
         last = match.output
         keep_bound = output is None and match.upper is not None
-        lowered = match.pattern.lower(
-            match, self.module, anchor.qconfig, qparams, output  # type: ignore[arg-type]
-        )
+        lowered = match.pattern.lower(match, self.module, note.qconfig, qparams, output)
         assert isinstance(lowered, QuantizedModule)
-        lowered.source = str(anchor.source)
-        lowered.float_node = str(anchor.float_node)
+        lowered.source = note.source
+        lowered.float_node = note.float_node
         if keep_bound:
-            lowered.relu = False
+            lowered.relu = False  # type: ignore[assignment]
             lowered.float_node = ""
         name = str(match.anchor.target)
         self.module.set_submodule(name, lowered)
@@ -129,7 +129,9 @@ class _Lowering:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         self.codes[node] = self.codes[source]
-        if isinstance(called_module(node, self.module), nn.Identity | nn.modules.dropout._DropoutNd):
+        if isinstance(
+            called_module(node, self.module), nn.Identity | nn.modules.dropout._DropoutNd
+        ):
             self._replace(node, source)
             self.graph.erase_node(node)
             return
@@ -137,7 +139,8 @@ class _Lowering:
         if isinstance(lowered, str):
             node.target = lowered
         elif lowered is not None:
-            lowered.source = self.prefix + str(node.target)
+            if isinstance(lowered, QuantizedModule):
+                lowered.source = self.prefix + str(node.target)
             name = free_name(self.module, node.name)
             self.module.add_submodule(name, lowered)
             node.target = name

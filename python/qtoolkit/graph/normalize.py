@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from qtoolkit.graph import same_values
-from qtoolkit.graph.patterns import AsModule, called_module, patterns
+from qtoolkit.graph.patterns import AsModule, called_module, pattern_of, patterns
 from qtoolkit.graph.patterns.fusing import only_user
 from qtoolkit.graph.patterns.weighted import set_submodule
 
@@ -29,7 +29,8 @@ def _as_module(node: fx.Node, module: fx.GraphModule) -> AsModule | None:
 
 
 def functions_to_modules(module: fx.GraphModule) -> None:
-    """Replaces calls of functions that can be quantized by calls of modules, named like the node."""
+    """Replaces calls of functions that can be quantized by calls of modules, named like the
+    node."""
     for node in list(module.graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
@@ -57,14 +58,14 @@ def float_node(node: fx.Node) -> str:
 
 
 def separate_shared_layers(module: fx.GraphModule) -> None:
-    """Gives every call of a layer with parameters its own module, sharing the parameters.
+    """Gives every call of a layer its own module, sharing the parameters.
 
-    The first call keeps the name; folding and quantizing one call then leaves the others alone.
+    The first call keeps the name. Folding and quantizing one call then leaves the others alone.
     """
     seen: set[str] = set()
     for node in module.graph.nodes:
         called = called_module(node, module)
-        if called is None or not any(True for _ in called.parameters()):
+        if called is None or pattern_of(node, module) is None:
             continue
         name = str(node.target)
         if name in seen:
@@ -86,7 +87,8 @@ def _shallow_copy(layer: nn.Module) -> nn.Module:
 
 
 def fold_batch_norms(module: fx.GraphModule) -> None:
-    """Folds every batch norm that follows a convolution or linear layer into its weight and bias."""
+    """Folds every batch norm that follows a convolution or linear layer into its weight and
+    bias."""
     for node in list(module.graph.nodes):
         layer = called_module(node, module)
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
@@ -99,8 +101,12 @@ def fold_batch_norms(module: fx.GraphModule) -> None:
             isinstance(layer, nn.Linear) and not isinstance(batch_norm, nn.BatchNorm1d)
         ):
             continue
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        set_submodule(module, str(node.target), fuse(layer, batch_norm))  # type: ignore[arg-type]
+        folded: nn.Module
+        if isinstance(layer, nn.Linear):
+            folded = fuse_linear_bn_eval(layer, batch_norm)
+        else:
+            folded = fuse_conv_bn_eval(layer, batch_norm)
+        set_submodule(module, str(node.target), folded)
         node.meta[FLOAT_NODE] = float_node(user)
         user.replace_all_uses_with(node)
         module.graph.erase_node(user)

@@ -1,8 +1,8 @@
-"""Decides what is quantized and puts observers, or fake-quantize modules, where values become codes."""
+"""Decides what is quantized and puts observers, or fake-quantize modules, where values become
+codes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -10,23 +10,21 @@ from torch import fx, nn
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.graph.capture import Uncaptured, capture, graph_modules
 from qtoolkit.graph.normalize import (
-    fold_batch_norms,
     float_node,
+    fold_batch_norms,
     free_name,
     functions_to_modules,
     separate_shared_layers,
 )
+from qtoolkit.graph.notes import Note, change_note, note_of, qconfig_of, set_note
 from qtoolkit.graph.patterns import Match, called_module, pattern_of
+from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.graph.report import FloatLayer, Report, set_report
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
 from qtoolkit.nn.qat.batch_norm import make_freezable
-from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.observers import Observer, make_observer
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
-
-#: Makes what is put on a value: an observer (PTQ) or a fake-quantize module (QAT).
-MakeObserver = Callable[..., nn.Module]
 
 
 def prepare_model(
@@ -74,12 +72,10 @@ def _assign_qconfigs(
             reason = _unsupported_formats(qconfig, has_weight=pattern.has_weight)
         if reason is None and float_shape(node) is None:
             reason = "its output is not a floating-point tensor"
-        called.source = name
-        called.float_node = float_node(node)
         if reason is not None:
             qconfig = None
             report.floats.append(FloatLayer(name, type(called).__name__, reason))
-        called.qconfig = qconfig
+        set_note(called, Note(name, float_node(node), qconfig))
 
 
 def _unsupported_formats(qconfig: QConfig, *, has_weight: bool) -> str | None:
@@ -103,7 +99,7 @@ def find_matches(module: fx.GraphModule) -> list[Match]:
         pattern = pattern_of(node, module)
         if pattern is None or node in fused:
             continue
-        if getattr(called_module(node, module), "qconfig", None) is None:
+        if qconfig_of(called_module(node, module)) is None:
             continue
         match = pattern.match(node, module, fused)
         if match is not None:
@@ -135,7 +131,7 @@ def _drop_float_only(module: fx.GraphModule, report: Report, prefix: str) -> lis
             return matches
         called = called_module(dropped, module)
         assert called is not None
-        called.qconfig = None
+        change_note(called, qconfig=None)
         report.floats.append(
             FloatLayer(
                 prefix + str(dropped.target),
@@ -154,42 +150,40 @@ def _prepare_graph(
     # Which values become codes, and how: as the layer that makes them says, or, for a value made by
     # a float layer, as the first layer that reads it says.
     specs: dict[fx.Node, tuple[TensorSpec, str]] = {}
-    wanted: dict[fx.Node, tuple[TensorSpec, str]] = {}
+    made = {match.output: match for match in matches}
     for match in matches:
-        called = called_module(match.anchor, module)
-        assert called is not None
-        activation = called.qconfig.activation  # type: ignore[union-attr]
         for node in match.inputs:
             source = origin(node, module)
-            wanted.setdefault(source, (activation, f"{called.source} (input)"))
-    made = {match.output: match for match in matches}
-    for node, (spec, name) in wanted.items():
-        if node in made:
-            called = called_module(made[node].anchor, module)
-            assert called is not None
-            specs[node] = (called.qconfig.activation, str(called.source))  # type: ignore[union-attr]
-        else:
-            specs[node] = (spec, name)
+            maker = made.get(source, match)
+            note = note_of(called_module(maker.anchor, module))
+            assert note is not None
+            assert note.qconfig is not None
+            assert note.qconfig.activation is not None
+            name = note.source if source in made else f"{note.source} (input)"
+            specs.setdefault(source, (note.qconfig.activation, name))
 
     for match in matches:
         anchor = called_module(match.anchor, module)
         assert anchor is not None
-        anchor.float_node = float_node(match.output)
+        change_note(anchor, float_node=float_node(match.output))
+        qconfig = qconfig_of(anchor)
+        assert qconfig is not None
         if qat:
-            match.pattern.prepare_qat(match, module, anchor.qconfig)  # type: ignore[arg-type]
+            match.pattern.prepare_qat(match, module, qconfig)
     if qat:
         _make_batch_norms_freezable(module)
 
-    make: MakeObserver = FakeQuantize if qat else make_observer
     suffix = "fake_quantize" if qat else "observer"
     device = next((p.device for p in module.parameters()), None)
     for node, (spec, name) in specs.items():
         child = free_name(module, f"{node.name}_{suffix}")
-        observer = make(spec, name=name)
+        observer = FakeQuantize(spec, name) if qat else make_observer(spec, name)
         module.add_submodule(child, observer.to(device).train(module.training))
         with module.graph.inserting_after(node):
             call = module.graph.call_module(child, (node,))
-        node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+        for user in list(node.users):
+            if user is not call:
+                user.replace_input_with(node, call)
     module.graph.lint()
     module.recompile()
 

@@ -82,9 +82,7 @@ def asks_fact(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _FACT_METHODS
     return (
-        node.op == "call_function"
-        and node.target is getattr
-        and node.args[1] in _FACT_ATTRIBUTES
+        node.op == "call_function" and node.target is getattr and node.args[1] in _FACT_ATTRIBUTES
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,11 +42,12 @@ class QParams:
 class QuantizedModule(nn.Module):
     """A layer that computes on 8-bit codes.
 
-    Its weights, scales and zero points are plain tensors in buffers, so ``state_dict``, ``deepcopy``,
-    ``pickle`` and ``torch.jit.script`` work as for any module.
+    Its weights, scales and zero points are plain tensors in buffers, so ``state_dict``,
+    ``deepcopy``, ``pickle`` and ``torch.jit.script`` work as for any module.
     """
 
-    # Class attributes without annotations: torch.jit.script cannot read annotations that are strings.
+    # Class attributes without annotations: torch.jit.script cannot read annotations that are
+    # strings.
 
     #: Name of the C++ kernel that computes it, for reports; empty if there is none.
     kernel = ""
@@ -52,6 +55,10 @@ class QuantizedModule(nn.Module):
     source = ""
     #: Name of the node in the captured float graph that has the same output, for ``qt.compare``.
     float_node = ""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _register_qparams(self, prefix: str, qparams: QParams | None) -> None:
         """Adds buffers ``<prefix>_scale`` and ``<prefix>_zero_point`` (None: both absent)."""
@@ -63,7 +70,8 @@ class QuantizedModule(nn.Module):
         self.register_buffer(f"{prefix}_zero_point", zero_point)
 
     def _register_output(self, qparams: QParams | None, upper: float | None = None) -> None:
-        """Adds the output's buffers and code range; ``upper`` clips the real output at that value."""
+        """Adds the output's buffers and code range; ``upper`` clips the real output at that
+        value."""
         self._register_qparams("output", qparams)
         self.quant_min = 0 if qparams is None else qparams.quant_min
         self.quant_max = 255 if qparams is None else qparams.quant_max

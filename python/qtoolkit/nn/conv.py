@@ -95,7 +95,9 @@ class DepthwiseConv2d(Conv2d):
     kernel = "conv2d_depthwise"
 
 
-def make_conv2d(weight: IntegerWeight, bias: Tensor | None, groups: int, **options: object) -> Conv2d:
+def make_conv2d(
+    weight: IntegerWeight, bias: Tensor | None, groups: int, **options: object
+) -> Conv2d:
     """A ``DepthwiseConv2d`` where the weight is one, else a ``Conv2d``."""
     kind = DepthwiseConv2d if is_depthwise(weight.codes, groups) else Conv2d
     return kind(weight, bias, groups=groups, **options)  # type: ignore[arg-type]

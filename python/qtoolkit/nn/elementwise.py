@@ -1,4 +1,5 @@
-"""Layers that work on codes element by element: quantize, dequantize, add, cat, ReLU, batch norm."""
+"""Layers that work on codes element by element: quantize, dequantize, add, cat, ReLU, batch
+norm."""
 
 from __future__ import annotations
 
@@ -100,8 +101,8 @@ class Cat(QuantizedModule):
     def forward(self, xs: list[Tensor]) -> Tensor:
         return ops.cat(
             xs,
-            torch.unbind(self.input_scales),
-            torch.unbind(self.input_zero_points),
+            list(torch.unbind(self.input_scales)),
+            list(torch.unbind(self.input_zero_points)),
             self.dim,
             self.output_scale,
             self.output_zero_point,
@@ -142,7 +143,8 @@ class ReLU(QuantizedModule):
 class BatchNorm2d(QuantizedModule):
     """Batch norm in evaluation, an affine map per channel of ``[N, C, H, W]`` codes.
 
-    ``weight`` and ``bias`` (float32 ``[C]``) are the map on real numbers: ``y = x * weight + bias``.
+    ``weight`` and ``bias`` (float32 ``[C]``) are the map on real numbers: ``y = x * weight +
+    bias``.
     """
 
     kernel = "requantize"

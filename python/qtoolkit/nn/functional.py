@@ -1,7 +1,7 @@
 """Float modules that stand for operators written as Python expressions or function calls.
 
-``prepare`` puts them in place of ``a + b``, ``torch.cat``, ``x.mean((2, 3))``, so that every operator
-that can be quantized is a module with a name of its own.
+``prepare`` puts them in place of ``a + b``, ``torch.cat``, ``x.mean((2, 3))``, so that every
+operator that can be quantized is a module with a name of its own.
 """
 
 from __future__ import annotations

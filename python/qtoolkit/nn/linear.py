@@ -10,7 +10,8 @@ from qtoolkit.nn.weights import IntegerWeight, quantize_bias
 
 
 class Linear(QuantizedModule):
-    """``y = x @ weight.T + bias`` on codes, with ReLU fused where asked; see ``qtoolkit.ops.linear``.
+    """``y = x @ weight.T + bias`` on codes, with ReLU fused where asked; see
+    ``qtoolkit.ops.linear``.
 
     Input ``[..., in_features]`` codes; output codes, or float32 where ``output`` is None.
     """

@@ -90,9 +90,7 @@ class AdaptiveAvgPool2d(QuantizedModule):
 
     kernel = "avg_pool2d"
 
-    def __init__(
-        self, output_size: tuple[int, int], *, input: QParams, output: QParams
-    ) -> None:
+    def __init__(self, output_size: tuple[int, int], *, input: QParams, output: QParams) -> None:
         super().__init__()
         self.output_size = list(output_size)
         self._register_qparams("input", input)

@@ -69,7 +69,8 @@ def fold_scale(weight: IntegerWeight, factor: Tensor) -> IntegerWeight:
     return IntegerWeight(codes, scale)
 
 
-# A bias in units of x_scale * weight_scale stays below this, so that bias and products fit in int32.
+# A bias in units of x_scale * weight_scale stays below this, so that bias and products fit in
+# int32.
 _LARGEST_BIAS = 2.0**30
 
 

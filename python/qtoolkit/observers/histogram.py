@@ -30,7 +30,8 @@ def _count(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
     if not _NARROW <= width <= _WIDE:
         factor = 0.25 if width > _WIDE else 2.0**80  # powers of two: no value is rounded
         x, lower, upper = x * factor, lower * factor, upper * factor
-    return ops.histogram(x, bins, lower, upper)
+    # The operator counts on the CPU only.
+    return ops.histogram(x.cpu(), bins, lower, upper).to(x.device)
 
 
 @register_observer("histogram")
@@ -96,9 +97,9 @@ class HistogramObserver(Observer):
         if (lower, upper) == (old_lower, old_upper):
             return
         counts = self.histogram
-        # Cut points of a bin's counts, rounded: the parts add up to the bin.
+        # Differences of rounded cut points, so that a bin's parts add up to the bin.
         cuts = torch.arange(_PARTS + 1, device=counts.device)
-        parts = ((counts.unsqueeze(1) * cuts + _PARTS // 2) // _PARTS).diff(dim=1).flatten()
+        parts = (counts.unsqueeze(1) * cuts // _PARTS).diff(dim=1).flatten()
         centre = torch.arange(parts.numel(), device=counts.device, dtype=torch.float64) + 0.5
         value = old_lower + centre * ((old_upper - old_lower) / parts.numel())
         target = ((value - lower) * (self.bins / (upper - lower))).long().clamp_(0, self.bins - 1)

@@ -5,6 +5,7 @@ The order of the imports is the order of precedence.
 
 # isort: off
 from qtoolkit.graph.patterns import conv, linear, add, cat, batch_norm, relu, avg_pool
+
 # isort: on
 from qtoolkit.graph.patterns.registry import (
     AsModule,

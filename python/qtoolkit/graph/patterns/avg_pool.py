@@ -56,7 +56,7 @@ class AvgPoolPattern(Pattern):
             return AsModule(nn.AdaptiveAvgPool2d(size), node.args[:1])  # type: ignore[arg-type]
         if node.target is torch_functional.avg_pool2d:
             arguments = bind(_avg_pool2d, node)
-            return arguments and AsModule(nn.AvgPool2d(**arguments), node.args[:1])
+            return None if arguments is None else AsModule(nn.AvgPool2d(**arguments), node.args[:1])
         if node.target in (torch.mean, "mean"):
             arguments = bind(_mean, node)
             dims = arguments and arguments["dim"]

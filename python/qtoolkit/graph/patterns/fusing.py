@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from qtoolkit.nn import functional
+from qtoolkit.graph.notes import qconfig_of
 from qtoolkit.graph.patterns.registry import called_module
+from qtoolkit.nn import functional
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -54,7 +55,7 @@ class Chain:
         if user is None or not isinstance(called, functional.Add):
             return
         others = [arg for arg in user.args if arg is not self.nodes[-1]]
-        if getattr(called, "qconfig", None) is None or len(others) != 1:
+        if qconfig_of(called) is None or len(others) != 1:
             return
         assert isinstance(others[0], fx.Node)
         self.nodes.append(user)

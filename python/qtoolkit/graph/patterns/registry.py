@@ -1,8 +1,8 @@
 """What a graph pattern is, and the list of them.
 
 A pattern recognises one kind of layer with what is fused into it, and says how the layer becomes a
-quantized one. Every pattern is one file in this folder that registers itself here; earlier files have
-precedence (see ``__init__``).
+quantized one. Every pattern is one file in this folder that registers itself here; earlier files
+have precedence (see ``__init__``).
 """
 
 from __future__ import annotations

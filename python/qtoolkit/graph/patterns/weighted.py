@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
+from qtoolkit.graph.notes import note_of, set_note
 from qtoolkit.graph.patterns.registry import Match
 from qtoolkit.nn.qat.weighted import Conv2d, Linear, folded_bias
 from qtoolkit.nn.weights import IntegerWeight, quantize_weight, weight_qparams
@@ -15,9 +16,9 @@ def set_submodule(module: fx.GraphModule, name: str, child: nn.Module) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
     old = getattr(parent, leaf, None)
-    for note in ("qconfig", "source", "float_node"):
-        if isinstance(old, nn.Module) and hasattr(old, note):
-            setattr(child, note, getattr(old, note))
+    note = note_of(old)
+    if note is not None:
+        set_note(child, note)
     setattr(parent, leaf, child)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class _FreezableBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A batch norm with a flag that keeps it in evaluation mode while the model trains.
 
-    The flag is a buffer, so a checkpoint of the training run keeps it; checkpoints of the float model,
-    which lack it, load too.
+    The flag is a buffer, so a checkpoint of the training run keeps it; checkpoints of the float
+    model, which lack it, load too.
     """
+
+    frozen: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -16,20 +16,19 @@ from qtoolkit.qconfig import TensorSpec
 class _FakeQuantizedWeight:
     """The weight's side of a QAT layer; mixed into ``nn.Conv2d`` and ``nn.Linear``.
 
-    A batch norm that follows is folded into the weight when the model is converted, so the weight that
-    will be quantized is ``weight * gamma / sqrt(running_var + eps)``. Symmetric quantization with one
-    scale per output channel commutes with such a factor: quantizing the plain weight gives the same
-    codes, and the batch norm stays an ordinary layer with true batch statistics. With one scale per
-    tensor it does not; then the folded weight is quantized and the factor divided out again, from the
-    weight, so that activations are never divided (Krishnamoorthi 2018, section 3.2.2, scales them).
+    A batch norm that follows is folded into the weight when the model is converted, so the weight
+    that will be quantized is ``weight * gamma / sqrt(running_var + eps)``. Symmetric quantization
+    with one scale per output channel commutes with such a factor: quantizing the plain weight gives
+    the same codes, and the batch norm stays an ordinary layer with true batch statistics. With one
+    scale per tensor it does not; then the folded weight is quantized and the factor divided out
+    again, from the weight, so that activations are never divided (Krishnamoorthi 2018, section
+    3.2.2, scales them).
     """
 
     weight: Tensor
     weight_fake_quant: FakeQuantize
 
-    def _init_fake_quant(
-        self, spec: TensorSpec, name: str, batch_norm: nn.Module | None
-    ) -> None:
+    def _init_fake_quant(self, spec: TensorSpec, name: str, batch_norm: nn.Module | None) -> None:
         self.weight_fake_quant = FakeQuantize(spec, name=f"{name}.weight", is_weight=True)
         commutes = spec.symmetric and spec.granularity == "per_channel"
         # In a tuple, so that it is not registered a second time as a child of this module.
@@ -78,7 +77,9 @@ class Linear(_FakeQuantizedWeight, nn.Linear):
         return functional.linear(input, self.quantized_weight(), self.bias)
 
 
-def make_conv2d(conv: nn.Conv2d, spec: TensorSpec, name: str, batch_norm: nn.Module | None) -> Conv2d:
+def make_conv2d(
+    conv: nn.Conv2d, spec: TensorSpec, name: str, batch_norm: nn.Module | None
+) -> Conv2d:
     """The QAT layer that shares the convolution's parameters."""
     result = Conv2d(
         conv.in_channels,
@@ -95,11 +96,11 @@ def make_conv2d(conv: nn.Conv2d, spec: TensorSpec, name: str, batch_norm: nn.Mod
     return _adopt(result, conv, spec, name, batch_norm)
 
 
-def make_linear(linear: nn.Linear, spec: TensorSpec, name: str, batch_norm: nn.Module | None) -> Linear:
+def make_linear(
+    linear: nn.Linear, spec: TensorSpec, name: str, batch_norm: nn.Module | None
+) -> Linear:
     """The QAT layer that shares the linear layer's parameters."""
-    result = Linear(
-        linear.in_features, linear.out_features, linear.bias is not None, device="meta"
-    )
+    result = Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     return _adopt(result, linear, spec, name, batch_norm)
 
 
@@ -109,7 +110,7 @@ def _adopt(
     result.weight = module.weight
     result.bias = module.bias
     result._init_fake_quant(spec, name, batch_norm)
-    result.weight_fake_quant.to(module.weight.device)  # type: ignore[arg-type]
+    result.weight_fake_quant.to(module.weight.device)
     result.train(module.training)
     return result
 

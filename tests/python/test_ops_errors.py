@@ -1,0 +1,263 @@
+"""Bad arguments get an error that names operator and argument; nothing crashes."""
+
+import math
+import re
+
+import pytest
+import torch
+from op_reference import random_codes, scale, zero_point
+from test_ops_conv2d import make_case
+from test_ops_linear import make_case as make_linear_case
+
+from qtoolkit import ops
+
+U8 = random_codes((2, 3, 6, 6))
+F32 = torch.zeros(2, 3, 6, 6)
+S, Z = scale(0.1), zero_point(3)
+S3, Z3 = torch.full((3,), 0.1), torch.zeros(3, dtype=torch.int32)
+META = torch.zeros(2, 3, 6, 6, device="meta")
+
+PER_TENSOR = {"x": F32, "scale": S, "zero_point": Z, "quant_min": 0, "quant_max": 255}
+PER_CHANNEL = {**PER_TENSOR, "scale": S3, "zero_point": Z3, "ch_axis": 1}
+ADD = {
+    "a": U8,
+    "a_scale": S,
+    "a_zero_point": Z,
+    "b": U8,
+    "b_scale": S,
+    "b_zero_point": Z,
+    "y_scale": S,
+    "y_zero_point": Z,
+    "quant_min": 0,
+    "quant_max": 255,
+}
+REQUANTIZE = {
+    "x": U8,
+    "x_scale": S,
+    "x_zero_point": Z,
+    "y_scale": S,
+    "y_zero_point": Z,
+    "quant_min": 0,
+    "quant_max": 255,
+}
+MAX_POOL = {
+    "x": U8,
+    "kernel_size": [3, 3],
+    "stride": [2, 2],
+    "padding": [1, 1],
+    "dilation": [1, 1],
+}
+AVG_POOL = {
+    **REQUANTIZE,
+    "kernel_size": [3, 3],
+    "stride": [2, 2],
+    "padding": [1, 1],
+    "ceil_mode": False,
+    "count_include_pad": True,
+    "divisor_override": None,
+}
+CAT = {
+    "xs": [U8, U8],
+    "scales": [S, S],
+    "zero_points": [Z, Z],
+    "dim": 1,
+    "y_scale": S,
+    "y_zero_point": Z,
+    "quant_min": 0,
+    "quant_max": 255,
+}
+GOOD = {
+    "quantize_per_tensor": PER_TENSOR,
+    "fake_quantize_per_tensor": PER_TENSOR,
+    "quantize_per_channel": PER_CHANNEL,
+    "fake_quantize_per_channel": PER_CHANNEL,
+    "dequantize_per_tensor": {"x": U8, "scale": S, "zero_point": Z},
+    "dequantize_per_channel": {"x": U8, "scale": S3, "zero_point": Z3, "ch_axis": 1},
+    "min_max": {"x": F32},
+    "min_max_per_channel": {"x": F32, "ch_axis": 1},
+    "histogram": {"x": F32, "bins": 4, "lower": 0.0, "upper": 1.0},
+    "conv2d": make_case("3x3"),
+    "linear": make_linear_case(),
+    "add": ADD,
+    "requantize": REQUANTIZE,
+    "batch_norm": {**REQUANTIZE, "weight": torch.ones(3), "bias": torch.ones(3)},
+    "max_pool2d": MAX_POOL,
+    "avg_pool2d": AVG_POOL,
+    "adaptive_avg_pool2d": {**REQUANTIZE, "output_size": [2, 2]},
+    "cat": CAT,
+}
+
+# operator, what changes, the error's type, a part of its message
+BAD = [
+    ("quantize_per_tensor", {"x": F32.double()}, TypeError, "x must be float32"),
+    ("quantize_per_tensor", {"x": U8}, TypeError, "got uint8 [2, 3, 6, 6]"),
+    ("quantize_per_tensor", {"scale": S3}, ValueError, "must hold one element"),
+    ("quantize_per_tensor", {"scale": scale(0.1).double()}, TypeError, "scale must be float32"),
+    ("quantize_per_tensor", {"zero_point": Z.long()}, TypeError, "zero_point must be int32"),
+    ("quantize_per_tensor", {"scale": scale(0.0)}, ValueError, "scale must be positive"),
+    ("quantize_per_tensor", {"scale": scale(-1.0)}, ValueError, "scale must be positive"),
+    ("quantize_per_tensor", {"scale": scale(math.nan)}, ValueError, "got nan"),
+    ("quantize_per_tensor", {"scale": scale(math.inf)}, ValueError, "got inf"),
+    ("quantize_per_tensor", {"zero_point": zero_point(256)}, ValueError, "lie in [0, 255]"),
+    ("quantize_per_tensor", {"zero_point": zero_point(-1)}, ValueError, "got -1"),
+    ("quantize_per_tensor", {"quant_min": -1}, ValueError, "[-128, 127] or [0, 255]"),
+    ("quantize_per_tensor", {"quant_max": 256}, ValueError, "got quant_min 0 and quant_max 256"),
+    ("quantize_per_tensor", {"quant_min": 9, "quant_max": 9}, ValueError, "quant_min < quant_max"),
+    ("quantize_per_tensor", {"scale": S.to("meta")}, ValueError, "move them to one device"),
+    ("quantize_per_channel", {"ch_axis": 4}, ValueError, "ch_axis must lie in [-4, 3]"),
+    ("quantize_per_channel", {"ch_axis": -5}, ValueError, "ch_axis must lie in [-4, 3]"),
+    ("quantize_per_channel", {"ch_axis": 0}, ValueError, "each of 2 channels, got [3]"),
+    ("quantize_per_channel", {"scale": S}, ValueError, "one element for each of 3 channels"),
+    (
+        "quantize_per_channel",
+        {"scale": torch.tensor([1, 0, 1.0])},
+        ValueError,
+        "scale must be positive",
+    ),
+    ("quantize_per_channel", {"zero_point": Z3 - 1}, ValueError, "zero_point must lie in"),
+    ("fake_quantize_per_tensor", {"x": F32.double()}, TypeError, "convert it with .float()"),
+    ("fake_quantize_per_tensor", {"scale": -0.5}, ValueError, "scale must be positive"),
+    ("fake_quantize_per_tensor", {"zero_point": 300}, ValueError, "lie in [0, 255], got 300"),
+    ("fake_quantize_per_channel", {"x": F32[0, 0, 0, 0]}, ValueError, "ch_axis"),
+    ("dequantize_per_tensor", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
+    ("dequantize_per_tensor", {"x": U8.int()}, TypeError, "got int32"),
+    ("dequantize_per_tensor", {"zero_point": zero_point(-4)}, ValueError, "lie in [0, 255]"),
+    ("dequantize_per_channel", {"ch_axis": 2}, ValueError, "each of 6 channels"),
+    ("min_max", {"x": torch.zeros(0, 3)}, ValueError, "x is empty"),
+    ("min_max", {"x": U8}, TypeError, "x must be float32"),
+    ("min_max_per_channel", {"x": torch.zeros(3, 0)}, ValueError, "x is empty"),
+    ("min_max_per_channel", {"ch_axis": 4}, ValueError, "ch_axis"),
+    ("histogram", {"x": torch.zeros(0)}, ValueError, "x is empty"),
+    ("histogram", {"bins": 0}, ValueError, "bins must lie in"),
+    ("histogram", {"lower": 1.0}, ValueError, "lower < upper"),
+    ("histogram", {"upper": math.nan}, ValueError, "finite"),
+    ("histogram", {"upper": 1e300}, ValueError, "finite"),
+    ("histogram", {"upper": 1e-45}, ValueError, "a range that bins can divide"),
+    ("conv2d", {"x": torch.zeros(2, 16, 9, 9)}, TypeError, "quantize it with quantize_per_tensor"),
+    ("conv2d", {"x": U8[0]}, ValueError, "x must have 4 dimensions"),
+    ("conv2d", {"x": U8}, ValueError, "do not fit x uint8 [2, 3, 6, 6]"),
+    ("conv2d", {"x": random_codes((2, 16, 0, 9))}, ValueError, "only the batch of x may be empty"),
+    ("conv2d", {"weight": torch.zeros(32, 16, 3, 3)}, TypeError, "weight must be int8"),
+    (
+        "conv2d",
+        {"weight": torch.zeros(32, 16, 3, dtype=torch.int8)},
+        ValueError,
+        "weight must have 4",
+    ),
+    (
+        "conv2d",
+        {"weight": torch.zeros(0, 16, 3, 3, dtype=torch.int8)},
+        ValueError,
+        "no output channels",
+    ),
+    ("conv2d", {"weight_scale": S3}, ValueError, "each of 32 output channels"),
+    ("conv2d", {"weight_scale": torch.zeros(32)}, ValueError, "weight_scale must be positive"),
+    ("conv2d", {"bias": torch.zeros(32)}, TypeError, "bias must be int32"),
+    ("conv2d", {"bias": Z3}, ValueError, "bias must hold one element for each of 32"),
+    ("conv2d", {"groups": 0}, ValueError, "groups 0"),
+    ("conv2d", {"groups": 5}, ValueError, "groups 5"),
+    ("conv2d", {"stride": [0, 1]}, ValueError, "stride must be two numbers in [1"),
+    ("conv2d", {"stride": [1, 1, 1]}, ValueError, "stride must be two numbers"),
+    ("conv2d", {"padding": [-1, 0]}, ValueError, "padding must be two numbers in [0"),
+    ("conv2d", {"padding": [2**40, 0]}, ValueError, "padding must be two numbers"),
+    ("conv2d", {"padding": [2**31 - 1] * 2, "stride": [2**30] * 2}, ValueError, "too large"),
+    ("conv2d", {"dilation": [0, 1]}, ValueError, "dilation must be two numbers"),
+    ("conv2d", {"dilation": [6, 1]}, ValueError, "larger than the padded input's 11"),
+    ("conv2d", {"y_scale": None}, ValueError, "give both y_scale and y_zero_point"),
+    ("conv2d", {"y_zero_point": zero_point(999)}, ValueError, "y_zero_point must lie in [0, 255]"),
+    ("conv2d", {"x_zero_point": zero_point(-1)}, ValueError, "x_zero_point must lie in [0, 255]"),
+    ("conv2d", {"x_scale": scale(math.inf)}, ValueError, "x_scale must be positive"),
+    ("conv2d", {"quant_max": 999}, ValueError, "quant_max 999"),
+    ("conv2d", {"residual": U8}, ValueError, "residual needs residual_scale"),
+    (
+        "conv2d",
+        {"residual": U8, "residual_scale": S, "residual_zero_point": Z},
+        ValueError,
+        "residual must have the output's shape [2, 32, 9, 9]",
+    ),
+    (
+        "conv2d",
+        {"residual": U8, "y_scale": None, "y_zero_point": None},
+        ValueError,
+        "a residual needs an output of codes",
+    ),
+    ("linear", {"x": random_codes((5, 63))}, ValueError, "last dimension of x uint8 [5, 63]"),
+    ("linear", {"x": random_codes(())}, ValueError, "last dimension"),
+    (
+        "linear",
+        {"weight": torch.zeros(2, 3, 4, dtype=torch.int8)},
+        ValueError,
+        "weight must have 2 dimensions",
+    ),
+    (
+        "linear",
+        {"x": random_codes((1, 70_000)), "weight": torch.ones(40, 70_000, dtype=torch.int8)},
+        ValueError,
+        "could overflow the int32 accumulator",
+    ),
+    ("add", {"b": F32}, TypeError, "b must hold uint8 or int8 codes"),
+    ("add", {"b": U8[:, :2]}, ValueError, "do not broadcast"),
+    ("add", {"b": META.to(torch.uint8)}, ValueError, "move them to one device"),
+    ("add", {"a_scale": scale(1e30), "y_scale": scale(1e-30)}, ValueError, "overflows float32"),
+    ("add", {"b_zero_point": zero_point(-1)}, ValueError, "b_zero_point"),
+    ("requantize", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
+    ("requantize", {"y_scale": scale(0.0)}, ValueError, "y_scale must be positive"),
+    ("batch_norm", {"x": U8[0]}, ValueError, "[N, C] or [N, C, H, W]"),
+    ("batch_norm", {"weight": torch.ones(4)}, ValueError, "weight must hold one element for each"),
+    ("batch_norm", {"bias": torch.full((3,), math.nan)}, ValueError, "must be finite"),
+    ("max_pool2d", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
+    ("max_pool2d", {"x": U8[0]}, ValueError, "x must have 4 dimensions"),
+    ("max_pool2d", {"kernel_size": [9, 9]}, ValueError, "larger than the padded input's 8"),
+    ("max_pool2d", {"kernel_size": [0, 1]}, ValueError, "kernel_size must be two numbers in [1"),
+    ("max_pool2d", {"stride": [0, 1]}, ValueError, "stride must be two numbers in [1"),
+    ("max_pool2d", {"padding": [2, 2]}, ValueError, "at most half the kernel"),
+    ("max_pool2d", {"padding": [-1, 0]}, ValueError, "padding must be two numbers"),
+    ("avg_pool2d", {"divisor_override": 0}, ValueError, "divisor_override must be positive"),
+    ("avg_pool2d", {"kernel_size": [9, 9]}, ValueError, "larger than the padded input's 8"),
+    ("avg_pool2d", {"x": U8[:, :, :0]}, ValueError, "only the batch of x may be empty"),
+    ("adaptive_avg_pool2d", {"output_size": [0, 1]}, ValueError, "output_size"),
+    ("adaptive_avg_pool2d", {"x": U8[:, :, :0]}, ValueError, "only the batch of x may be empty"),
+    ("cat", {"xs": [], "scales": [], "zero_points": []}, ValueError, "xs is empty"),
+    ("cat", {"scales": [S]}, ValueError, "must be of one length, got 2, 1 and 2"),
+    ("cat", {"dim": 4}, ValueError, "dim must lie in [-4, 3]"),
+    ("cat", {"xs": [U8, U8[:, :, :3]]}, ValueError, "must agree in all dimensions but 1"),
+    ("cat", {"xs": [U8, U8[0]]}, ValueError, "must agree in all dimensions but 1"),
+    ("cat", {"xs": [U8, F32]}, TypeError, "xs must hold uint8 or int8 codes"),
+    ("cat", {"zero_points": [Z, zero_point(-1)]}, ValueError, "zero_point must lie in [0, 255]"),
+]
+
+
+@pytest.mark.parametrize("operator", GOOD)
+def test_the_unchanged_arguments_work(operator):
+    getattr(ops, operator)(**GOOD[operator])
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "error", "message"),
+    BAD,
+    ids=[f"{operator}-{'-'.join(change)}-{i}" for i, (operator, change, *_) in enumerate(BAD)],
+)
+def test_bad_arguments_are_named(operator, change, error, message):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        getattr(ops, operator)(**{**GOOD[operator], **change})
+    assert f"qtoolkit::{operator}" in str(caught.value)
+
+
+def test_an_unknown_kernel_path_lists_the_known():
+    from qtoolkit import _C
+
+    with pytest.raises(ValueError, match="reference, portable, avx2, avx512vnni"):
+        _C.force_path("sse9")
+    with pytest.raises(ValueError, match="conv2d"):
+        _C.kernel_paths("conv9d")
+
+
+def test_a_missing_library_says_how_to_build_it(tmp_path, monkeypatch):
+    from qtoolkit import _library
+
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    with pytest.raises(ImportError, match="pip install --no-build-isolation"):
+        _library.load()
+    (tmp_path / "libqtoolkit_ops.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="does not load with PyTorch"):
+        _library.load()

@@ -1,0 +1,256 @@
+"""The operators in PyTorch's machinery: opcheck, Meta, script, export, threads."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from op_reference import random_codes, scale, zero_point
+from test_ops_conv2d import make_case
+from test_ops_linear import make_case as make_linear_case
+from torch import Tensor, nn
+
+from qtoolkit import _library, ops
+
+S, Z = scale(0.05), zero_point(3)
+LAST = torch.channels_last
+
+
+def floats(requires_grad: bool = False) -> Tensor:
+    return torch.linspace(-4, 9, 2 * 3 * 4 * 5).view(2, 3, 4, 5).requires_grad_(requires_grad)
+
+
+def channel_qparams() -> tuple[Tensor, Tensor]:
+    return torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 5, -6], dtype=torch.int32)
+
+
+def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
+    return random_codes((2, 3, 4, 5), dtype)
+
+
+def conv_args(geometry: str, **extra: object) -> tuple:
+    case = {"relu": False, "residual": None, "residual_scale": None, "residual_zero_point": None}
+    return tuple({**make_case(geometry), **case, **extra}.values())
+
+
+SAMPLES = {
+    "quantize_per_tensor": [
+        (floats(), S, Z, 0, 255),
+        (floats().to(memory_format=LAST), S, Z, -128, 127),
+    ],
+    "quantize_per_channel": [(floats(), *channel_qparams(), 1, -128, 127)],
+    "dequantize_per_tensor": [(codes(), S, Z), (codes(torch.int8).to(memory_format=LAST), S, Z)],
+    "dequantize_per_channel": [(codes(torch.int8), *channel_qparams(), -3)],
+    "fake_quantize_per_tensor": [
+        (floats(True), S, Z, 0, 255),
+        (floats().to(memory_format=LAST), S, Z, -128, 127),
+        (floats().half(), S, Z, 0, 255),
+    ],
+    "fake_quantize_per_channel": [(floats(True), *channel_qparams(), 1, -128, 127)],
+    "fake_quantize_per_tensor_backward": [
+        (floats(True), floats(), S, Z, 0, 255),
+        (floats(), floats().to(memory_format=LAST), S, Z, 0, 255),
+    ],
+    "fake_quantize_per_channel_backward": [
+        (floats(True), floats(), *channel_qparams(), 1, -128, 127)
+    ],
+    "min_max": [(floats(),)],
+    "min_max_per_channel": [(floats(), 1)],
+    "histogram": [(floats(), 10, -1.0, 2.0)],
+    "conv2d": [
+        conv_args("3x3"),
+        conv_args("depthwise", y_scale=None, y_zero_point=None),
+        conv_args(
+            "valid",
+            relu=True,
+            residual=random_codes((2, 8, 4, 4)),
+            residual_scale=S,
+            residual_zero_point=Z,
+        ),
+    ],
+    "linear": [(*make_linear_case((2, 3)).values(), True)],
+    "add": [
+        (codes(), S, Z, codes(torch.int8), S, Z, S, Z, 0, 255, False),
+        (codes().to(memory_format=LAST), S, Z, codes()[:1], S, Z, S, Z, 0, 255, True),
+    ],
+    "requantize": [(codes(), S, Z, S, Z, -128, 127, True)],
+    "batch_norm": [(codes(), S, Z, torch.ones(3), torch.ones(3), S, Z, 0, 255, False)],
+    "max_pool2d": [(codes(), (2, 2), (2, 1), (1, 0), (1, 1), True)],
+    "avg_pool2d": [(codes(), S, Z, (2, 2), (), (1, 0), True, False, None, S, Z, -128, 127)],
+    "adaptive_avg_pool2d": [(codes(), S, Z, (2, 3), S, Z, 0, 255)],
+    "cat": [
+        ([codes(), codes()], [S, S], [Z, Z], 1, S, Z, 0, 255),
+        ([codes().to(memory_format=LAST), codes()], [S, S], [Z, Z], -3, S, Z, 0, 255),
+    ],
+}
+CASES = [
+    pytest.param(name, sample, id=f"{name}-{i}")
+    for name, samples in SAMPLES.items()
+    for i, sample in enumerate(samples)
+]
+
+
+def test_every_operator_has_a_sample_and_a_wrapper():
+    registered = {
+        schema.name.removeprefix("qtoolkit::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("qtoolkit::")
+    }
+    assert registered == set(SAMPLES)
+    assert {name for name in registered if not hasattr(ops, name)} == {
+        "fake_quantize_per_tensor_backward",
+        "fake_quantize_per_channel_backward",
+    }
+
+
+@pytest.mark.parametrize(("name", "sample"), CASES)
+def test_opcheck(name, sample):
+    torch.library.opcheck(getattr(torch.ops.qtoolkit, name).default, sample)
+
+
+@pytest.mark.parametrize(("name", "sample"), CASES)
+def test_meta_tells_shape_dtype_and_strides(name, sample):
+    def to_meta(value):
+        if isinstance(value, list):
+            return [to_meta(item) for item in value]
+        return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+    operator = getattr(torch.ops.qtoolkit, name)
+    real, meta = operator(*sample), operator(*map(to_meta, sample))
+    for a, b in zip(*((r,) if isinstance(r, Tensor) else r for r in (real, meta))):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert b.is_meta
+
+
+class Network(nn.Module):
+    """Some of everything, with plain tensors as buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv, depthwise = make_case("stem"), make_case("depthwise")
+        self.register_buffer("weight", conv["weight"])
+        self.register_buffer("weight_scale", conv["weight_scale"])
+        self.register_buffer("bias", conv["bias"])
+        self.register_buffer("depthwise", depthwise["weight"][:1].repeat(64, 1, 1, 1))
+        self.register_buffer("depthwise_scale", torch.full((64,), 0.01))
+        self.register_buffer("scale", scale(0.05))
+        self.register_buffer("zero_point", zero_point(120))
+        self.register_buffer("linear", make_linear_case(k=64)["weight"])
+        self.register_buffer("linear_scale", make_linear_case(k=64)["weight_scale"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, z = self.scale, self.zero_point
+        x = ops.fake_quantize_per_tensor(x, 0.01, 3, 0, 255)
+        x = ops.quantize_per_tensor(x, s, z, 0, 255)
+        x = ops.conv2d(
+            x,
+            s,
+            z,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            [2, 2],
+            [3, 3],
+            [1, 1],
+            1,
+            s,
+            z,
+            0,
+            255,
+            True,
+        )
+        x = ops.max_pool2d(x, [3, 3], [2, 2], [1, 1], [1, 1], False)
+        y = ops.conv2d(
+            x,
+            s,
+            z,
+            self.depthwise,
+            self.depthwise_scale,
+            None,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            64,
+            s,
+            z,
+            0,
+            255,
+            False,
+            x,
+            s,
+            z,
+        )
+        x = ops.add(x, s, z, y, s, z, s, z, 0, 255, True)
+        x = ops.cat([x[:, :32], y[:, 32:]], [s, s], [z, z], 1, s, z, 0, 255)
+        x = ops.adaptive_avg_pool2d(x, s, z, [1, 1], s, z, 0, 255).flatten(1)
+        return ops.linear(x, s, z, self.linear, self.linear_scale, None, None, None, 0, 255)
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.linspace(-3, 3, batch * 3 * 32 * 32).view(batch, 3, 32, 32)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_script_saves_and_loads(freeze):
+    network = Network().eval()
+    expected = network(image())
+    scripted = torch.jit.script(network)
+    if freeze:
+        scripted = torch.jit.freeze(scripted)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for _ in range(3):  # the executor profiles, then optimises
+        assert torch.equal(scripted(image()), expected)
+        assert torch.equal(loaded(image()), expected)
+    with torch.inference_mode():
+        assert torch.equal(loaded(image()), expected)
+
+
+def test_a_saved_script_runs_with_the_library_alone(tmp_path):
+    torch.jit.save(torch.jit.script(Network().eval()), tmp_path / "network.pt")
+    torch.save((image(), Network()(image())), tmp_path / "data.pt")
+    library = _library._FOLDER / "libqtoolkit_ops.so"
+    program = f"""
+import torch
+torch.ops.load_library({str(library)!r})
+x, expected = torch.load({str(tmp_path / "data.pt")!r})
+assert torch.equal(torch.jit.load({str(tmp_path / "network.pt")!r})(x), expected)
+import sys
+assert "qtoolkit" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_export_with_a_dynamic_batch():
+    network = Network().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(network, (image(2),), dynamic_shapes={"x": {0: batch}})
+    for size in (2, 5):
+        assert torch.equal(program.module()(image(size)), network(image(size)))
+
+
+def test_compile_of_inference():
+    network = Network().eval()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(image()), network(image()))
+
+
+def test_work_is_shared_among_threads():
+    """A process starts with one thread; the first large operator makes the team."""
+    program = """
+import os, numpy, torch
+from qtoolkit import ops
+torch.set_num_threads(2)
+count = lambda: len(os.listdir("/proc/self/task"))
+x = torch.from_numpy(numpy.zeros(1 << 20, numpy.float32))
+before = count()
+ops.quantize_per_tensor(x, torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), -128, 127)
+assert count() == before + 1, (before, count())
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split("/")[-1]}
+assert len(libraries) == 1, libraries
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
