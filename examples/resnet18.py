@@ -211,7 +211,8 @@ def check_in_new_process(
     for content, path in zip((batch, outputs), files):
         torch.save(content, path)
     checker = Path(__file__).with_name("check_torchscript.py")
-    subprocess.run([sys.executable, checker, file, *files], check=True)
+    if subprocess.run([sys.executable, checker, file, *files]).returncode != 0:
+        raise SystemExit(f"{file} does not give the converted model's outputs in a new process")
 
 
 def measure(variants: list[Variant], data: Data) -> None:

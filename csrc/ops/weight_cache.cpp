@@ -15,21 +15,29 @@ namespace {
 // The settings that one weight is remembered with at once; the oldest goes first.
 constexpr size_t kMostPerWeight = 4;
 
-// A hash of 64 words spread over the weight's bytes, or of all of them if there are fewer.
+// A sum, weighted by place, of 64 words spread over the weight's bytes, or of all of them if there
+// are fewer.
 uint64_t sample(const Tensor& weight) {
   if (!weight.is_non_overlapping_and_dense()) return 0;
   constexpr int64_t kWords = 64;
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
   const int64_t bytes = weight.numel();
   const auto* data = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t step = std::max<int64_t>(8, bytes / kWords);
-  uint64_t hash = 0;
-  for (int64_t at = 0; at < bytes; at += step) {
+  const int64_t step = std::max<int64_t>(sizeof(uint64_t), bytes / kWords);
+  uint64_t sum = 0;
+  uint64_t factor = kOdd;
+  int64_t at = 0;
+  for (; at + static_cast<int64_t>(sizeof(uint64_t)) <= bytes; at += step, factor += 2 * kOdd) {
     uint64_t word = 0;
-    std::memcpy(&word, data + at, static_cast<size_t>(std::min<int64_t>(8, bytes - at)));
-    hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-    hash ^= hash >> 29;
+    std::memcpy(&word, data + at, sizeof(word));
+    sum += word * factor;
   }
-  return hash;
+  if (at < bytes) {
+    uint64_t word = 0;
+    std::memcpy(&word, data + at, static_cast<size_t>(bytes - at));
+    sum += word * factor;
+  }
+  return sum;
 }
 
 struct Settings {
@@ -60,6 +68,12 @@ struct Settings {
 };
 
 template <class T>
+bool same_bytes(std::span<const T> a, std::span<const T> b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size_bytes()) == 0);
+}
+
+template <class T>
 std::span<const T> values_of(const Tensor* tensor) {
   if (tensor == nullptr) return {};
   return {tensor->const_data_ptr<T>(), static_cast<size_t>(tensor->numel())};
@@ -83,8 +97,8 @@ struct Remembered {
 
   bool holds(const WeightRequest& request, const Settings& wanted) const {
     return settings == wanted && has_bias == (request.bias != nullptr) &&
-           std::ranges::equal(weight_scale, values_of<float>(&request.weight_scale)) &&
-           std::ranges::equal(bias, values_of<int32_t>(request.bias));
+           same_bytes<float>(weight_scale, values_of<float>(&request.weight_scale)) &&
+           same_bytes<int32_t>(bias, values_of<int32_t>(request.bias));
   }
 };
 

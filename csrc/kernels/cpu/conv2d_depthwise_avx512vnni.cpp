@@ -56,7 +56,7 @@ inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i x, __m512i 
 struct Block {
   Vectors weight[kMaxTaps / 4];
   int64_t taps[kMaxTaps];  // offset of each tap from a pixel's first
-  int64_t quads;           // of taps, the last filled up with zero weights
+  int64_t quads;           // of taps, filled up with zero weights
   Vectors offset;
   __m512 multiplier[kRegisters];
   __mmask64 channels;  // that exist
@@ -76,22 +76,30 @@ void load_channels(const void* from, __mmask64 channels, Vectors& result) {
   transpose_lanes(result);
 }
 
+// A kernel of 3 x 3 whose columns are next to each other: each quad is one column, so that an
+// input column is interleaved once for up to three outputs.
+bool by_columns(const Conv2dShape& s) {
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.dilation_width == 1 &&
+         s.stride_width <= 2;
+}
+
 void prepare(const Conv2dArgs& args, int64_t first_channel, Block& block) {
   const Conv2dShape& s = args.shape;
   const int64_t left = s.groups - first_channel;
   block.channels = left >= kChannels ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
   const int64_t taps = s.kernel_height * s.kernel_width;
+  const bool columns = by_columns(s);
   block.quads = (taps + 3) / 4;
   for (int64_t quad = 0; quad < block.quads; ++quad) {
     __m512i weight[4];
     for (int64_t i = 0; i < 4; ++i) {
-      const int64_t tap = quad * 4 + i;
+      const int64_t tap = columns ? i * 3 + quad : quad * 4 + i;
       // A tap past the last reads the first one's input, which is there.
-      block.taps[tap] = 0;
+      block.taps[quad * 4 + i] = 0;
       weight[i] = _mm512_setzero_si512();
       if (tap >= taps) continue;
-      block.taps[tap] = tap / s.kernel_width * s.dilation_height * args.x_row_stride +
-                        tap % s.kernel_width * s.dilation_width * args.x_pixel_stride;
+      block.taps[quad * 4 + i] = tap / s.kernel_width * s.dilation_height * args.x_row_stride +
+                                 tap % s.kernel_width * s.dilation_width * args.x_pixel_stride;
       weight[i] =
           _mm512_maskz_loadu_epi8(block.channels, args.packed + tap * s.groups + first_channel);
     }
@@ -191,6 +199,28 @@ void store_float(const Conv2dArgs& args, const Block& block, const Vectors& acc,
 
 enum class Output { codes, codes_with_residual, codes_with_nan, float32 };
 
+template <Output kOutput>
+inline __attribute__((always_inline)) void store(const Conv2dArgs& args, const Block& block,
+                                                 int64_t pixel, int64_t channel,
+                                                 const Vectors& acc) {
+  const int64_t to = pixel * args.y_pixel_stride + channel;
+  if (kOutput == Output::float32) {
+    return store_float(args, block, acc, static_cast<float*>(args.y) + to);
+  }
+  const uint8_t* residual = static_cast<const uint8_t*>(args.residual);
+  if (residual != nullptr) residual += pixel * args.residual_pixel_stride + channel;
+  __m512i codes;
+  if (kOutput == Output::codes) {
+    codes = codes_of<false, false>(block, acc, residual);
+  } else if (kOutput == Output::codes_with_residual) {
+    codes = codes_of<true, false>(block, acc, residual);
+  } else {
+    codes = residual == nullptr ? codes_of<false, true>(block, acc, residual)
+                                : codes_of<true, true>(block, acc, residual);
+  }
+  _mm512_mask_storeu_epi8(static_cast<uint8_t*>(args.y) + to, block.channels, codes);
+}
+
 template <bool kWhole, Output kOutput>
 void run_row(const Conv2dArgs& args, const Block& block, int64_t row, int64_t channel) {
   const Conv2dShape& s = args.shape;
@@ -199,33 +229,74 @@ void run_row(const Conv2dArgs& args, const Block& block, int64_t row, int64_t ch
   for (int64_t pixel = row * s.out_width; pixel < (row + 1) * s.out_width; ++pixel, x += step) {
     Vectors acc;
     accumulate<kWhole>(block, x, acc);
-    const int64_t to = pixel * args.y_pixel_stride + channel;
-    if (kOutput == Output::float32) {
-      store_float(args, block, acc, static_cast<float*>(args.y) + to);
-      continue;
+    store<kOutput>(args, block, pixel, channel, acc);
+  }
+}
+
+// sum + column * weight, which may be written over either.
+inline __attribute__((always_inline)) void add_column(const Vectors& sum, const Vectors& column,
+                                                      const Vectors& weight, Vectors& result) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) {
+    __m512i acc = sum[i];
+    dot(acc, column[i], weight[i]);
+    result[i] = acc;
+  }
+}
+
+template <bool kWhole, Output kOutput, int kStride>
+void run_row_by_columns(const Conv2dArgs& args, const Block& block, int64_t row, int64_t channel) {
+  const Conv2dShape& s = args.shape;
+  const uint8_t* x = args.x + row * s.stride_height * args.x_row_stride + channel;
+  const int64_t below = s.dilation_height * args.x_row_stride;
+  const auto next_column = [&](Vectors & column) __attribute__((always_inline)) {
+    interleave(load_bytes<kWhole>(block, x), load_bytes<kWhole>(block, x + below),
+               load_bytes<kWhole>(block, x + 2 * below), _mm512_setzero_si512(), column);
+    x += args.x_pixel_stride;
+  };
+  const Vectors* const weight = block.weight;
+  Vectors column, done;
+  Vectors current;  // the output whose last column comes next
+  Vectors next;     // with a stride of 1, the one after it
+  next_column(column);
+  add_column(block.offset, column, weight[0], current);
+  if (kStride == 1) {
+    next_column(column);
+    add_column(current, column, weight[1], current);
+    add_column(block.offset, column, weight[0], next);
+  }
+  const int64_t end = (row + 1) * s.out_width;
+  for (int64_t pixel = row * s.out_width; pixel < end; ++pixel) {
+    if (kStride == 2) {
+      next_column(column);
+      add_column(current, column, weight[1], current);
     }
-    const uint8_t* residual = static_cast<const uint8_t*>(args.residual);
-    if (residual != nullptr) residual += pixel * args.residual_pixel_stride + channel;
-    __m512i codes;
-    if (kOutput == Output::codes) {
-      codes = codes_of<false, false>(block, acc, residual);
-    } else if (kOutput == Output::codes_with_residual) {
-      codes = codes_of<true, false>(block, acc, residual);
+    next_column(column);
+    add_column(current, column, weight[2], done);
+    if (kStride == 1) {
+      add_column(next, column, weight[1], current);
+      add_column(block.offset, column, weight[0], next);
     } else {
-      codes = residual == nullptr ? codes_of<false, true>(block, acc, residual)
-                                  : codes_of<true, true>(block, acc, residual);
+      add_column(block.offset, column, weight[0], current);
     }
-    _mm512_mask_storeu_epi8(static_cast<uint8_t*>(args.y) + to, block.channels, codes);
+    store<kOutput>(args, block, pixel, channel, done);
   }
 }
 
 using RunRow = void(const Conv2dArgs&, const Block&, int64_t, int64_t);
+template <bool kWhole, Output kOutput>
+RunRow* run_row_of(const Conv2dShape& s) {
+  if (!by_columns(s)) return run_row<kWhole, kOutput>;
+  return s.stride_width == 1 ? run_row_by_columns<kWhole, kOutput, 1>
+                             : run_row_by_columns<kWhole, kOutput, 2>;
+}
 template <bool kWhole>
 RunRow* run_row_of(const Conv2dArgs& args, const Block& block) {
-  if (args.output == Conv2dOutput::float32) return run_row<kWhole, Output::float32>;
-  if (may_give_nan(args, block)) return run_row<kWhole, Output::codes_with_nan>;
-  return args.residual != nullptr ? run_row<kWhole, Output::codes_with_residual>
-                                  : run_row<kWhole, Output::codes>;
+  const Conv2dShape& s = args.shape;
+  if (args.output == Conv2dOutput::float32) return run_row_of<kWhole, Output::float32>(s);
+  if (may_give_nan(args, block)) return run_row_of<kWhole, Output::codes_with_nan>(s);
+  return args.residual != nullptr ? run_row_of<kWhole, Output::codes_with_residual>(s)
+                                  : run_row_of<kWhole, Output::codes>(s);
 }
 
 }  // namespace
