@@ -56,7 +56,7 @@ enum class Conv2dOutput : uint8_t { codes, float32 };
 struct Conv2dArgs {
   Conv2dShape shape;
   const uint8_t* x = nullptr;  // first tap of output pixel (0, 0), channel 0 of group 0
-  int64_t x_row_stride = 0, x_pixel_stride = 0;  // bytes
+  int64_t x_row_stride = 0, x_pixel_stride = 0;  // bytes; see dense_pixels
   const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
   // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
   const int8_t* packed = nullptr;

@@ -45,7 +45,7 @@ struct Settings {
   const void* data;
   uint64_t sample;
   int64_t out_channels, in_channels, kernel_height, kernel_width, groups, runs;
-  bool depthwise;
+  bool depthwise, contiguous;
   float x_scale, y_scale;
   int32_t x_zero_point;
 
@@ -60,6 +60,7 @@ struct Settings {
         groups(r.shape.groups),
         runs(r.shape.runs_per_row()),
         depthwise(r.depthwise),
+        contiguous(r.weight.is_contiguous()),
         x_scale(r.x_scale),
         y_scale(r.y_scale),
         x_zero_point(r.x_zero_point) {}

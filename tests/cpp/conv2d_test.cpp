@@ -29,11 +29,14 @@ struct Size {
   int64_t stride = 1, dilation = 1;
   int64_t extra = 0;  // bytes between a pixel's channels and the next pixel, everywhere
   bool depthwise = false;
+  int64_t stride_across = 0, dilation_across = 0;  // along the width, 0: the same
 
+  int64_t stride_width() const { return stride_across != 0 ? stride_across : stride; }
+  int64_t dilation_width() const { return dilation_across != 0 ? dilation_across : dilation; }
   std::string name() const {
     std::string text;
     for (int64_t part : {height, width, groups, in_channels, out_channels, kernel_height,
-                         kernel_width, stride, dilation, extra}) {
+                         kernel_width, stride, dilation, extra, stride_width(), dilation_width()}) {
       text += (text.empty() ? "" : "_") + std::to_string(part);
     }
     return text;
@@ -99,7 +102,8 @@ class Problem {
  public:
   Problem(const Size& size, const Variant& variant)
       : shape_(shape_of(size)),
-        columns_((size.width - 1) * size.stride + (size.kernel_width - 1) * size.dilation + 1),
+        columns_((size.width - 1) * size.stride_width() +
+                 (size.kernel_width - 1) * size.dilation_width() + 1),
         rows_((size.height - 1) * size.stride + (size.kernel_height - 1) * size.dilation + 1),
         in_stride_(size.groups * size.in_channels + size.extra),
         out_channels_(size.groups * size.out_channels),
@@ -166,8 +170,10 @@ class Problem {
     shape.out_channels = size.out_channels;
     shape.kernel_height = size.kernel_height;
     shape.kernel_width = size.kernel_width;
-    shape.stride_height = shape.stride_width = size.stride;
-    shape.dilation_height = shape.dilation_width = size.dilation;
+    shape.stride_height = size.stride;
+    shape.stride_width = size.stride_width();
+    shape.dilation_height = size.dilation;
+    shape.dilation_width = size.dilation_width();
     shape.dense_pixels = size.extra == 0;
     return shape;
   }
@@ -229,6 +235,17 @@ const std::vector<Size>& sizes() {
       {5, 7, 1, 3, 16, 3, 3, 1, 1, 5},
       {5, 7, 1, 32, 33, 3, 3, 2, 1, 3},
       {5, 7, 2, 5, 9, 3, 3, 1, 2, 7},
+      {.height = 5,
+       .width = 7,
+       .groups = 1,
+       .in_channels = 6,
+       .out_channels = 40,
+       .kernel_height = 3,
+       .kernel_width = 2,
+       .stride = 2,
+       .dilation = 2,
+       .stride_across = 3,
+       .dilation_across = 1},
   };
   return result;
 }
@@ -242,6 +259,16 @@ const std::vector<Size>& depthwise_sizes() {
         {6, 4, 65, 1, 1, 4, 2},          {2, 9, 130, 1, 1, 9, 9},   {5, 5, 31, 1, 1, 3, 3, 1, 1, 5},
         {5, 5, 72, 1, 1, 3, 3, 2, 1, 9}, {3, 3, 1, 1, 1, 3, 3},     {2, 2, 70, 1, 1, 13, 12},
     };
+    list.push_back({.height = 6,
+                    .width = 5,
+                    .groups = 70,
+                    .in_channels = 1,
+                    .out_channels = 1,
+                    .kernel_height = 3,
+                    .kernel_width = 3,
+                    .dilation = 2,
+                    .stride_across = 2,
+                    .dilation_across = 1});
     for (Size& size : list) size.depthwise = true;
     return list;
   }();
@@ -292,31 +319,32 @@ INSTANTIATE_TEST_SUITE_P(
 // A convolution written as its definition: NCHW, not padded in memory, in 64-bit integers.
 struct Definition {
   int64_t channels = 6, height = 8, width = 9, groups, out_channels = 12;
-  int64_t kernel = 3, stride, dilation, padding = 2;
+  int64_t kernel_height = 3, kernel_width = 2, padding = 2;
+  int64_t stride_height, stride_width, dilation_height, dilation_width;
   int32_t x_zero_point = 131;
   std::vector<uint8_t> x;      // [channels, height, width]
-  std::vector<int8_t> weight;  // [out_channels, channels / groups, kernel, kernel]
+  std::vector<int8_t> weight;  // [out_channels, channels / groups, kernel_height, kernel_width]
   std::vector<int32_t> bias;
 
   int64_t out_height() const {
-    return (height + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+    return (height + 2 * padding - dilation_height * (kernel_height - 1) - 1) / stride_height + 1;
   }
   int64_t out_width() const {
-    return (width + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+    return (width + 2 * padding - dilation_width * (kernel_width - 1) - 1) / stride_width + 1;
   }
   int64_t accumulator(int64_t channel, int64_t row, int64_t column) const {
     const int64_t per_group = channels / groups;
     const int64_t group = channel / (out_channels / groups);
     int64_t sum = bias[channel];
     for (int64_t i = 0; i < per_group; ++i) {
-      for (int64_t ky = 0; ky < kernel; ++ky) {
-        for (int64_t kx = 0; kx < kernel; ++kx) {
-          const int64_t in_row = row * stride - padding + ky * dilation;
-          const int64_t in_column = column * stride - padding + kx * dilation;
+      for (int64_t ky = 0; ky < kernel_height; ++ky) {
+        for (int64_t kx = 0; kx < kernel_width; ++kx) {
+          const int64_t in_row = row * stride_height - padding + ky * dilation_height;
+          const int64_t in_column = column * stride_width - padding + kx * dilation_width;
           if (in_row < 0 || in_row >= height || in_column < 0 || in_column >= width) continue;
           const int64_t code = x[((group * per_group + i) * height + in_row) * width + in_column];
           sum += (code - x_zero_point) *
-                 weight[((channel * per_group + i) * kernel + ky) * kernel + kx];
+                 weight[((channel * per_group + i) * kernel_height + ky) * kernel_width + kx];
         }
       }
     }
@@ -331,14 +359,16 @@ TEST_P(Conv2dReference, EqualsTheDefinition) {
   int groups, stride, dilation;
   std::tie(groups, stride, dilation) = GetParam();
   d.groups = groups;
-  d.stride = stride;
-  d.dilation = dilation;
+  d.stride_height = stride;
+  d.stride_width = stride % 3 + 1;
+  d.dilation_height = dilation;
+  d.dilation_width = 3 - dilation;
   const bool depthwise = groups == 6;
   if (depthwise) d.out_channels = 6;
   std::mt19937 random(5);
   d.x.resize(d.channels * d.height * d.width);
   for (uint8_t& code : d.x) code = static_cast<uint8_t>(random());
-  d.weight.resize(d.out_channels * d.channels / d.groups * d.kernel * d.kernel);
+  d.weight.resize(d.out_channels * d.channels / d.groups * d.kernel_height * d.kernel_width);
   for (int8_t& code : d.weight) code = static_cast<int8_t>(random());
   for (int64_t i = 0; i < d.out_channels; ++i) {
     d.bias.push_back(static_cast<int32_t>(random() % 10001) - 5000);
@@ -351,9 +381,12 @@ TEST_P(Conv2dReference, EqualsTheDefinition) {
   s.groups = d.groups;
   s.in_channels = d.channels / d.groups;
   s.out_channels = d.out_channels / d.groups;
-  s.kernel_height = s.kernel_width = d.kernel;
-  s.stride_height = s.stride_width = d.stride;
-  s.dilation_height = s.dilation_width = d.dilation;
+  s.kernel_height = d.kernel_height;
+  s.kernel_width = d.kernel_width;
+  s.stride_height = d.stride_height;
+  s.stride_width = d.stride_width;
+  s.dilation_height = d.dilation_height;
+  s.dilation_width = d.dilation_width;
 
   // The padded NHWC image, and zero point and bias folded into the offset.
   const int64_t columns = d.width + 2 * d.padding, rows = d.height + 2 * d.padding;
@@ -374,7 +407,7 @@ TEST_P(Conv2dReference, EqualsTheDefinition) {
   };
   std::vector<int32_t> offset(s.padded_channels());
   std::vector<float> multiplier(s.padded_channels());
-  const int64_t reduction = s.in_channels * d.kernel * d.kernel;
+  const int64_t reduction = s.in_channels * d.kernel_height * d.kernel_width;
   for (int64_t channel = 0; channel < d.out_channels; ++channel) {
     int32_t sum = 0;
     for (int64_t i = 0; i < reduction; ++i) sum += d.weight[channel * reduction + i];

@@ -114,6 +114,15 @@ def test_views_of_one_storage_are_told_apart():
         assert torch.equal(ops.linear(**case), expected_linear(case))
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_weight_transposed_in_place_is_seen(inference):
+    with torch.inference_mode(inference):
+        case = make_linear_case(k=40, oc=40)
+        for _ in range(3):
+            assert torch.equal(ops.linear(**case), expected_linear(case))
+            case["weight"].t_()
+
+
 def test_threads_share_it():
     cases = [make_case(geometry) for geometry in list(GEOMETRIES)[:6]]
     expected = [ops.conv2d(**case) for case in cases]

@@ -306,7 +306,7 @@ void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
   if (s.kernel_height * s.kernel_width > kMaxTaps) {
     return plain::conv2d_depthwise(args, begin, end);
   }
-  if (begin >= end) return;
+  if (begin >= end || s.out_width == 0) return;
   Block block;
   for (int64_t channel = 0; channel < s.groups; channel += kChannels) {
     prepare(args, channel, block);
