@@ -1,7 +1,7 @@
 """Builds the C++ parts with CMake, which holds the list of sources and flags, into the package.
 
 Environment: QTOOLKIT_CUDA=auto|on|off, QTOOLKIT_TESTS=ON to build the C++ tests too,
-QTOOLKIT_JOBS=<n> compilers at once (the number of cores by default), CMAKE_ARGS for more of CMake's.
+QTOOLKIT_JOBS=<n> compilers at once (the number of cores by default), CMAKE_ARGS for more options.
 """
 
 import os
@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parent
 
 class CMakeBuild(build_ext):
     """Runs CMake; the outputs go into the source package (editable) or the wheel's."""
+
+    def run(self) -> None:
+        # setuptools' own run() builds elsewhere when in place and copies only the Python module to
+        # the package; the operator library belongs beside it.
+        for ext in self.extensions:
+            self.build_extension(ext)
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11

@@ -4,11 +4,13 @@ python examples/check_torchscript.py MODEL.pt BATCH.pt OUTPUTS.pt
 """
 
 import sys
+import warnings
 
 import torch
 
 import qtoolkit  # noqa: F401  (registers the operators that the model calls)
 
+warnings.filterwarnings("ignore", message=".*torch.jit.*")  # announced to go
 model_file, batch_file, outputs_file = sys.argv[1:]
 model = torch.jit.load(model_file)
 batch = torch.load(batch_file, weights_only=True)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,27 +154,32 @@ def quantize_qat(
     mapping = qt.get_default_qat_qconfig_mapping("x86")
     prepared = qt.prepare_qat(model, mapping, example_inputs=(example,))
 
-    def before_epoch(epoch: int) -> None:
-        if epoch == args.qat_epochs - 1:  # the last epoch trains what inference will compute
-            qt.freeze_observers(prepared)
-            qt.freeze_bn(prepared)
+    def freeze() -> None:
+        qt.freeze_observers(prepared)
+        qt.freeze_bn(prepared)
 
-    train(prepared, data.train, args.qat_epochs, QAT_RATE, before_epoch)
+    fine_tune(prepared, freeze, data, args)
     return qt.convert(prepared.eval())
+
+
+def fine_tune(
+    prepared: nn.Module, freeze: Callable[[], None], data: Data, args: argparse.Namespace
+) -> None:
+    """SGD at a small rate; the last epoch trains what inference will compute."""
+
+    def before_epoch(epoch: int) -> None:
+        if epoch == args.qat_epochs - 1:
+            freeze()
+
+    data.train.generator.manual_seed(args.seed)  # the same order of images for all who are compared
+    train(prepared, data.train, args.qat_epochs, QAT_RATE, before_epoch)
 
 
 def quantize_torch_ao(
     model: nn.Module, data: Data, example: torch.Tensor, args: argparse.Namespace
 ) -> list[Variant]:
-    def fine_tune(prepared: nn.Module, freeze) -> None:
-        def before_epoch(epoch: int) -> None:
-            if epoch == args.qat_epochs - 1:
-                freeze()
-
-        train(prepared, data.train, args.qat_epochs, QAT_RATE, before_epoch)
-
     ptq = _torch_ao.ptq(model, data.calibration, CALIBRATION_BATCHES)
-    qat = _torch_ao.qat(model, example, fine_tune)
+    qat = _torch_ao.qat(model, example, lambda m, freeze: fine_tune(m, freeze, data, args))
     return [
         save_script("torch.ao PTQ", ptq, args, "torch_ao_ptq"),
         save_script("torch.ao QAT", qat, args, "torch_ao_qat"),

@@ -271,3 +271,31 @@ def test_export_program_and_compiled_model_give_the_same_bits(resnet):
     assert torch.equal(program.module()(x[:7]), quantized(x[:7]))
     compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), quantized(x))
+
+
+class Inception(nn.Module):
+    """Concatenations whose inputs nothing else reads, and one that something does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(4, 6, 1)
+        self.b = nn.Conv2d(4, 6, 3, padding=1)
+        self.c = nn.Conv2d(12, 6, 1)
+        self.d = nn.Conv2d(18, 6, 1)
+
+    def forward(self, x):
+        both = torch.cat([torch.relu(self.a(x)), 5 * torch.relu(self.b(x))], 1)
+        return self.d(torch.cat([both, torch.relu(self.c(both))], 1))
+
+
+def test_inputs_of_a_concatenation_share_its_scale_unless_others_read_them():
+    model = settle(Inception(), (4, 4, 8, 8))
+    data = batches((4, 4, 8, 8))
+    quantized = quantize(model, data)
+    first, second = (m for m in quantized.modules() if isinstance(m, qt.nn.Cat))
+    assert (first.input_scales == first.output_scale).all()
+    assert second.input_scales[0] != second.output_scale  # c reads it too
+    assert second.input_scales[1] == second.output_scale
+    assert not any(isinstance(m, qt.observers.Observer) for m in quantized.modules())
+    with torch.no_grad():
+        assert sqnr(model(data[0]), quantized(data[0])) > 25

@@ -12,6 +12,7 @@ from qtoolkit.graph.patterns import Match, called_module
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
 from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
+from qtoolkit.graph.shared import SharedObserver
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.elementwise import Dequantize, Quantize
 from qtoolkit.observers import Observer
@@ -24,7 +25,7 @@ def observer_qparams(observer: nn.Module) -> QParams:
         RuntimeError: it has seen no data; names the layer.
         ValueError: it has seen NaN or infinite values; names the layer.
     """
-    assert isinstance(observer, Observer | FakeQuantize)
+    assert isinstance(observer, Observer | FakeQuantize | SharedObserver)
     scale, zero_point = observer.calculate_qparams()
     return QParams(scale, zero_point, observer.spec.quant_min, observer.spec.quant_max)
 
@@ -124,6 +125,8 @@ class _Lowering:
             value = call
         self._replace(node, value)
         self.graph.erase_node(node)
+        # Here, because delete_all_unused_submodules overlooks a second name of a shared module.
+        self.module.delete_submodule(str(node.target))
 
     def _lower_same_values(self, node: fx.Node) -> None:
         source = node.args[0]

@@ -22,6 +22,7 @@ from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.graph.report import FloatLayer, Report, set_report
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
+from qtoolkit.graph.shared import SharedObserver, shared_ranges
 from qtoolkit.nn.qat.batch_norm import make_freezable
 from qtoolkit.observers import Observer, make_observer
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
@@ -147,20 +148,7 @@ def _prepare_graph(
     _assign_qconfigs(module, prefix, mapping, report)
     matches = _drop_float_only(module, report, prefix)
 
-    # Which values become codes, and how: as the layer that makes them says, or, for a value made by
-    # a float layer, as the first layer that reads it says.
-    specs: dict[fx.Node, tuple[TensorSpec, str]] = {}
-    made = {match.output: match for match in matches}
-    for match in matches:
-        for node in match.inputs:
-            source = origin(node, module)
-            maker = made.get(source, match)
-            note = note_of(called_module(maker.anchor, module))
-            assert note is not None
-            assert note.qconfig is not None
-            assert note.qconfig.activation is not None
-            name = note.source if source in made else f"{note.source} (input)"
-            specs.setdefault(source, (note.qconfig.activation, name))
+    specs, names = _values_to_quantize(module, matches)
 
     for match in matches:
         anchor = called_module(match.anchor, module)
@@ -173,19 +161,64 @@ def _prepare_graph(
     if qat:
         _make_batch_norms_freezable(module)
 
+    groups = {node: node for node in specs}
+    covered: set[fx.Node] = set()
+    if not qat:
+        origins = {node: origin(node, module) for match in matches for node in match.inputs}
+        groups, covered = shared_ranges(matches, specs, origins, module)
     suffix = "fake_quantize" if qat else "observer"
     device = next((p.device for p in module.parameters()), None)
-    for node, (spec, name) in specs.items():
-        child = free_name(module, f"{node.name}_{suffix}")
-        observer = FakeQuantize(spec, name) if qat else make_observer(spec, name)
-        module.add_submodule(child, observer.to(device).train(module.training))
-        with module.graph.inserting_after(node):
-            call = module.graph.call_module(child, (node,))
-        for user in list(node.users):
-            if user is not call:
-                user.replace_input_with(node, call)
+    observers: dict[fx.Node, nn.Module] = {}
+    for node, spec in specs.items():
+        group = groups[node]
+        if group not in observers:
+            make = FakeQuantize if qat else make_observer
+            observers[group] = make(spec, names[group]).to(device).train(module.training)
+        observer = observers[group]
+        _insert_observer(
+            module,
+            node,
+            suffix,
+            SharedObserver(observer) if node in covered else observer,  # type: ignore[arg-type]
+        )
     module.graph.lint()
     module.recompile()
+
+
+def _values_to_quantize(
+    module: fx.GraphModule, matches: list[Match]
+) -> tuple[dict[fx.Node, TensorSpec], dict[fx.Node, str]]:
+    """Which values become codes, how, and what errors call them.
+
+    A value is quantized as the layer that makes it says, or, where a float layer makes it, as the
+    first layer that reads it says.
+    """
+    specs: dict[fx.Node, TensorSpec] = {}
+    names: dict[fx.Node, str] = {}
+    made = {match.output: match for match in matches}
+    for match in matches:
+        for node in match.inputs:
+            source = origin(node, module)
+            note = note_of(called_module(made.get(source, match).anchor, module))
+            assert note is not None
+            assert note.qconfig is not None
+            assert note.qconfig.activation is not None
+            specs.setdefault(source, note.qconfig.activation)
+            names.setdefault(source, note.source if source in made else f"{note.source} (input)")
+    return specs, names
+
+
+def _insert_observer(
+    module: fx.GraphModule, node: fx.Node, suffix: str, observer: nn.Module
+) -> None:
+    """Puts an observer between a value and all that reads it."""
+    child = free_name(module, f"{node.name}_{suffix}")
+    module.add_submodule(child, observer)
+    with module.graph.inserting_after(node):
+        call = module.graph.call_module(child, (node,))
+    for user in list(node.users):
+        if user is not call:
+            user.replace_input_with(node, call)
 
 
 def _make_batch_norms_freezable(module: fx.GraphModule) -> None:
@@ -203,4 +236,4 @@ def _make_batch_norms_freezable(module: fx.GraphModule) -> None:
 
 def is_observer(module: nn.Module | None) -> bool:
     """True for what ``prepare`` puts on activations."""
-    return isinstance(module, Observer | FakeQuantize)
+    return isinstance(module, Observer | FakeQuantize | SharedObserver)

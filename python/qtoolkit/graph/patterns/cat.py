@@ -27,6 +27,7 @@ class CatPattern(Pattern):
     """``torch.cat``."""
 
     types = (functional.Cat,)
+    shares_range = True
 
     def as_module(self, node: fx.Node, module: fx.GraphModule) -> AsModule | None:
         if node.op != "call_function" or node.target not in _FUNCTIONS:

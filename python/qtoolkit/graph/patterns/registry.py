@@ -58,6 +58,8 @@ class Pattern:
     float_output: bool = False
     #: True if it has a weight, for which ``QConfig.weight`` must say how.
     has_weight: bool = False
+    #: True if its inputs and output can be quantized with one scale, which makes it exact.
+    shares_range: bool = False
 
     def as_module(self, node: fx.Node, module: fx.GraphModule) -> AsModule | None:
         """The module that stands for a function or method call of this kind, or None."""
