@@ -45,6 +45,23 @@ def make_data(
     )
 
 
+class Shifted(Dataset):
+    """Images moved by up to `pixels` in both directions, at random: new images in every epoch."""
+
+    def __init__(self, data: Dataset, pixels: int, background: float) -> None:
+        self.data, self.pixels, self.background = data, pixels, background
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = self.data[index]
+        padded = nn.functional.pad(image, [self.pixels] * 4, value=self.background)
+        top, left = torch.randint(2 * self.pixels + 1, (2,)).tolist()
+        height, width = image.shape[-2:]
+        return padded[:, top : top + height, left : left + width], label
+
+
 def digits(seed: int, size: int = 64, test_images: int = 360) -> Data:
     """scikit-learn's 1797 handwritten digits of 8x8 pixels, enlarged to RGB images."""
     from sklearn.datasets import load_digits
@@ -55,7 +72,8 @@ def digits(seed: int, size: int = 64, test_images: int = 360) -> Data:
     data = TensorDataset(images.expand(-1, 3, -1, -1), torch.tensor(source.target))
     order = torch.Generator().manual_seed(seed)
     train, test = random_split(data, [len(data) - test_images, test_images], order)
-    return make_data(f"digits {size}x{size}", 10, train, train, test, seed)
+    shifted = Shifted(train, pixels=size // 16, background=-1.0)
+    return make_data(f"digits {size}x{size}", 10, shifted, train, test, seed)
 
 
 def image_folder(folder: Path, seed: int) -> Data:

@@ -42,7 +42,7 @@ from torch import nn
 import qtoolkit as qt
 
 CALIBRATION_BATCHES = 10
-QAT_RATE = 1e-3
+QAT_RATE = 5e-3
 
 
 @dataclass
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     weights.add_argument("--weights", type=Path, help="a state dict: the model is not trained")
     weights.add_argument("--pretrained", action="store_true", help="torchvision's own weights")
     parser.add_argument(
-        "--epochs", type=int, help="FP32 epochs; default: 5, 0 with trained weights"
+        "--epochs", type=int, help="FP32 epochs; default: 7, 0 with trained weights"
     )
     parser.add_argument("--qat-epochs", type=int, default=2, help="the last with frozen statistics")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
@@ -134,10 +134,10 @@ def fp32_model(args: argparse.Namespace, data: Data) -> nn.Module:
         trained = True
     elif args.pretrained:
         trained = load_pretrained(model, args.model)
-    epochs = args.epochs if args.epochs is not None else (0 if trained else 1 if args.fake else 5)
+    epochs = args.epochs if args.epochs is not None else (0 if trained else 1 if args.fake else 7)
     if epochs:
         step(f"FP32 training of {args.model}, {epochs} epochs")
-        train(model, data.train, epochs, rate=0.01 if args.pretrained else 0.03)
+        train(model, data.train, epochs, rate=0.01 if args.pretrained else 0.05)
     return model.eval()
 
 

@@ -127,3 +127,25 @@ def test_functional_dropout_follows_the_mode():
     x = torch.randn(64, 4)
     assert (qat(x) == 0).float().mean() > 0.2
     assert not (qat.eval()(x) == 0).any()
+
+
+def test_explain_lists_every_layer_that_has_no_integer_kernel():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.up = nn.ConvTranspose2d(8, 8, 2)
+            self.norm = nn.GroupNorm(2, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.up(self.conv(x)))
+            return torch.sigmoid(x.reshape(x.shape[0], -1))
+
+    data = batches((2, 3, 8, 8))
+    quantized = quantize(settle(Mixed(), (2, 3, 8, 8)), data)
+    reasons = {layer.name: layer.reason for layer in qt.explain(quantized).float_layers}
+    assert reasons == {
+        "up": "no integer kernel for ConvTranspose2d",
+        "norm": "no integer kernel for GroupNorm",
+        "sigmoid": "no integer kernel for sigmoid",
+    }

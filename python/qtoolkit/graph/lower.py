@@ -12,6 +12,7 @@ from qtoolkit.graph.patterns import Match, called_module
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
 from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
+from qtoolkit.graph.shapes import float_shape
 from qtoolkit.graph.shared import SharedObserver
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.elementwise import Dequantize, Quantize
@@ -153,9 +154,12 @@ class _Lowering:
         used = [arg for arg in node.all_input_nodes if arg in self.codes]
         for arg in used:
             node.replace_input_with(arg, self._dequantize(arg))
-        if used and node.op not in ("output", "placeholder"):
-            kind, reason = self._describe(node)
-            self._add_float_layer(self.prefix + self._name_of(node), kind, reason)
+        # Without shapes (they are lost in a pickle) a function is known to be of tensors by its input.
+        computes = used or float_shape(node) is not None or node.op == "call_module"
+        if node.op.startswith("call") and computes and not keeps_values(node, self.module):
+            kind = self._kind_of(node)
+            name = self.prefix + self._name_of(node)
+            self._add_float_layer(name, kind, f"no integer kernel for {kind}")
 
     def _dequantize(self, node: fx.Node) -> fx.Node:
         if node not in self.dequantized:
@@ -168,13 +172,11 @@ class _Lowering:
     def _name_of(self, node: fx.Node) -> str:
         return str(node.target) if node.op == "call_module" else node.name
 
-    def _describe(self, node: fx.Node) -> tuple[str, str]:
+    def _kind_of(self, node: fx.Node) -> str:
         called = called_module(node, self.module)
         if called is not None:
-            kind = type(called).__name__
-        else:
-            kind = str(getattr(node.target, "__name__", node.target))
-        return kind, f"no integer kernel for {kind}"
+            return type(called).__name__
+        return str(getattr(node.target, "__name__", node.target))
 
     def _add_float_layer(self, name: str, kind: str, reason: str) -> None:
         known = {layer.name for layer in self.report.floats + self.report.uncaptured}
