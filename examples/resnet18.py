@@ -42,7 +42,7 @@ from torch import nn
 import qtoolkit as qt
 
 CALIBRATION_BATCHES = 10
-QAT_RATE = 5e-3
+QAT_RATE = 2e-3
 
 
 @dataclass
@@ -171,7 +171,8 @@ def fine_tune(
         if epoch == args.qat_epochs - 1:
             freeze()
 
-    data.train.generator.manual_seed(args.seed)  # the same order of images for all who are compared
+    torch.manual_seed(args.seed)  # the same images in the same order for all who are compared
+    data.train.generator.manual_seed(args.seed)
     train(prepared, data.train, args.qat_epochs, QAT_RATE, before_epoch)
 
 
