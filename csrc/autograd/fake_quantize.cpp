@@ -108,28 +108,33 @@ struct FakeQuantizeBackward : torch::autograd::Function<FakeQuantizeBackward> {
   }
 };
 
+// An argument that gets no gradient must not make the result claim one.
+Tensor constant(const Tensor& tensor) { return tensor.requires_grad() ? tensor.detach() : tensor; }
+
 Tensor fake_quantize_per_tensor(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                 int64_t quant_min, int64_t quant_max) {
-  return FakeQuantize::apply(x, scale, zero_point, std::optional<int64_t>(), quant_min, quant_max);
+  return FakeQuantize::apply(x, constant(scale), zero_point, std::optional<int64_t>(), quant_min,
+                             quant_max);
 }
 
 Tensor fake_quantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                  int64_t ch_axis, int64_t quant_min, int64_t quant_max) {
-  return FakeQuantize::apply(x, scale, zero_point, std::optional(ch_axis), quant_min, quant_max);
+  return FakeQuantize::apply(x, constant(scale), zero_point, std::optional(ch_axis), quant_min,
+                             quant_max);
 }
 
 Tensor fake_quantize_per_tensor_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                          const Tensor& zero_point, int64_t quant_min,
                                          int64_t quant_max) {
-  return FakeQuantizeBackward::apply(grad, x, scale, zero_point, std::optional<int64_t>(),
-                                     quant_min, quant_max);
+  return FakeQuantizeBackward::apply(grad, constant(x), constant(scale), zero_point,
+                                     std::optional<int64_t>(), quant_min, quant_max);
 }
 
 Tensor fake_quantize_per_channel_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                           const Tensor& zero_point, int64_t ch_axis,
                                           int64_t quant_min, int64_t quant_max) {
-  return FakeQuantizeBackward::apply(grad, x, scale, zero_point, std::optional(ch_axis), quant_min,
-                                     quant_max);
+  return FakeQuantizeBackward::apply(grad, constant(x), constant(scale), zero_point,
+                                     std::optional(ch_axis), quant_min, quant_max);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "core/formats.h"
 #include "kernels/path.h"
+#include "ops/weight_cache.h"
 
 namespace py = pybind11;
 
@@ -71,6 +72,16 @@ void force_path(const std::optional<std::string>& path) {
   kernels::force_path(path ? std::optional(kernels::path_of(*path)) : std::nullopt);
 }
 
+py::dict weight_cache_state() {
+  const ops::WeightCacheState state = ops::weight_cache_state();
+  py::dict result;
+  result["packed_weights"] = state.packed_weights;
+  result["packed_bytes"] = state.packed_bytes;
+  result["channel_terms"] = state.channel_terms;
+  result["packings"] = state.packings;
+  return result;
+}
+
 std::vector<std::tuple<std::string, int, int, int>> format_table() {
   std::vector<std::tuple<std::string, int, int, int>> table;
   for (const Format& format : formats()) {
@@ -96,6 +107,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_path", force_path, py::arg("path").none(true),
         "Makes every kernel take this path, for tests and benchmarks; None ends it. ValueError "
         "if this CPU cannot run it; a kernel without that path then raises when called.");
+  m.def("weight_cache_state", weight_cache_state,
+        "Packed weights kept now, their bytes, the sets of offsets and multipliers kept with them, "
+        "and how often this process has packed a weight.");
   m.def("formats", format_table, "The number formats: (name, bits, quant_min, quant_max).");
 }
 

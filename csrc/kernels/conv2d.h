@@ -28,15 +28,10 @@ struct Conv2dShape {
   int64_t kernel_height = 1, kernel_width = 1;
   int64_t stride_height = 1, stride_width = 1;
   int64_t dilation_height = 1, dilation_width = 1;
-  // True if x_pixel_stride is the number of channels, false if pixels lie further apart.
-  bool dense_pixels = true;
 
-  // The taps of one kernel row form runs of contiguous bytes in NHWC: with one group, no dilation
-  // and dense pixels one run of kernel_width * in_channels bytes, else kernel_width runs of
-  // in_channels.
-  bool contiguous_rows() const {
-    return groups == 1 && ((dilation_width == 1 && dense_pixels) || kernel_width == 1);
-  }
+  // The taps of one kernel row form runs of contiguous bytes in NHWC: with one group and no
+  // dilation one run of kernel_width * in_channels bytes, else kernel_width runs of in_channels.
+  bool contiguous_rows() const { return groups == 1 && (dilation_width == 1 || kernel_width == 1); }
   int64_t runs_per_row() const { return contiguous_rows() ? 1 : kernel_width; }
   int64_t run_bytes() const { return (contiguous_rows() ? kernel_width : 1) * in_channels; }
   int64_t run_quads() const { return (run_bytes() + 3) / 4; }
@@ -56,7 +51,7 @@ enum class Conv2dOutput : uint8_t { codes, float32 };
 struct Conv2dArgs {
   Conv2dShape shape;
   const uint8_t* x = nullptr;  // first tap of output pixel (0, 0), channel 0 of group 0
-  int64_t x_row_stride = 0, x_pixel_stride = 0;  // bytes; see dense_pixels
+  int64_t x_row_stride = 0, x_pixel_stride = 0;  // bytes; pixels lie side by side
   const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
   // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
   const int8_t* packed = nullptr;
@@ -87,6 +82,12 @@ inline int64_t conv2d_tiles(const Conv2dShape& shape) {
 // keeps one block's weights in cache.
 inline int64_t conv2d_units(const Conv2dShape& shape) {
   return shape.groups * shape.blocks_per_group() * conv2d_tiles(shape);
+}
+
+// Accumulators wrap, as in the vector instructions: the sum fits, what it passes on the way may
+// not.
+static inline int32_t wrapping_add(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
 }
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end);

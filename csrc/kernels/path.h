@@ -37,8 +37,9 @@ std::vector<Path> paths_of(Kernel kernel);
 // supported one.
 Path selected_path(Kernel kernel);
 
-// Makes every kernel take this path (process-wide; for tests and benchmarks), nullopt ends it. A
-// kernel without that path then throws std::invalid_argument, as does a path this CPU cannot run.
+// Makes every kernel take this path (process-wide), nullopt ends it. A kernel without that path
+// then throws std::invalid_argument, as does a path this CPU cannot run. For tests and benchmarks:
+// no kernel may run meanwhile, its choice of the old path could outlast the call.
 void force_path(std::optional<Path> path);
 
 // The path of the kernel's latest call in this process, nullopt before the first.

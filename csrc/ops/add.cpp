@@ -2,6 +2,8 @@
 #include <ATen/ExpandUtils.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "kernels/elementwise.h"
 #include "ops/checks.h"
 #include "ops/layout.h"
@@ -24,9 +26,11 @@ c10::SymDimVector broadcast_sizes(const Tensor& a, const Tensor& b) {
   return at::infer_size_symdimvector(a.sym_sizes(), b.sym_sizes());
 }
 
-// The layout of the operand that already has the output's shape.
+// The layout of an operand that already has the output's shape.
 at::MemoryFormat output_format(const Tensor& a, const Tensor& b, c10::SymIntArrayRef sizes) {
-  return a.sym_sizes() == sizes ? a.suggest_memory_format() : b.suggest_memory_format();
+  if (a.sym_sizes() == sizes) return a.suggest_memory_format();
+  if (b.sym_sizes() == sizes) return b.suggest_memory_format();
+  return at::MemoryFormat::Contiguous;
 }
 
 Tensor add_meta(const Tensor& a, const Tensor& a_scale, const Tensor& a_zero_point, const Tensor& b,

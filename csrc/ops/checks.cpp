@@ -102,6 +102,8 @@ void check_channel_qparams(const char* op, const Tensor& scale, const Tensor& ze
 
 int64_t check_ch_axis(const char* op, const Tensor& x, int64_t ch_axis) {
   const int64_t rank = x.dim();
+  TORCH_CHECK_VALUE(rank > 0, "qtoolkit::", op, ": x has no dimensions, so ch_axis ", ch_axis,
+                    " names none of them; use the per-tensor operator");
   TORCH_CHECK_VALUE(ch_axis >= -rank && ch_axis < rank, "qtoolkit::", op, ": ch_axis must lie in [",
                     -rank, ", ", rank - 1, "] for x ", describe(x), ", got ", ch_axis);
   return ch_axis < 0 ? ch_axis + rank : ch_axis;
@@ -136,10 +138,9 @@ void check_scales(const char* op, const char* argument, std::span<const float> s
   }
 }
 
-float multiplier(const char* op, double numerator, double denominator) {
+float multiplier(const char* op, double numerator, double denominator, const char* what) {
   const auto result = static_cast<float>(numerator / denominator);
-  TORCH_CHECK_VALUE(std::isfinite(result), "qtoolkit::", op,
-                    ": the ratio of the input's and the output's scale, ", numerator, " / ",
+  TORCH_CHECK_VALUE(std::isfinite(result), "qtoolkit::", op, ": ", what, ", ", numerator, " / ",
                     denominator, ", overflows float32; check the scales");
   return result;
 }

@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <span>
+#include <string>
 
 namespace qtoolkit::ops {
 
@@ -71,7 +72,9 @@ inline int32_t relu_bound(CodeRange range, int32_t zero_point, bool relu) {
   return relu && zero_point > range.min ? zero_point : range.min;
 }
 
-// The factor of requantization, float(numerator / denominator); an error if it overflows float32.
-float multiplier(const char* op, double numerator, double denominator);
+// The factor of requantization, float(numerator / denominator); an error that names `what` if it
+// overflows float32.
+float multiplier(const char* op, double numerator, double denominator,
+                 const char* what = "the ratio of the input's and the output's scale");
 
 }  // namespace qtoolkit::ops

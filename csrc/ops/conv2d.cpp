@@ -3,6 +3,8 @@
 
 #include <torch/library.h>
 
+#include <array>
+
 #include "ops/checks.h"
 #include "ops/conv_args.h"
 #include "ops/conv_run.h"
@@ -13,6 +15,9 @@ namespace qtoolkit::ops {
 namespace {
 
 constexpr const char* kOp = "conv2d";
+
+// PLANES_REASON
+constexpr int64_t kMostPlanes = 4;
 
 c10::SymInt output_size(const char* which, const c10::SymInt& size, const c10::SymInt& kernel,
                         int64_t stride, int64_t padding, int64_t dilation) {
@@ -85,10 +90,13 @@ Tensor conv2d_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_p
   Tensor y = conv2d_meta(x, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding,
                          dilation, groups, y_scale, y_zero_point, quant_min, quant_max, relu,
                          residual, residual_scale, residual_zero_point);
-  const Tensor dense = x.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1);
+  const bool planar = channels <= kMostPlanes && x.is_contiguous() &&
+                      !x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor dense = planar ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
 
   ConvImages images{.x = static_cast<const uint8_t*>(dense.const_data_ptr()),
+                    .planar = planar,
                     .batch = x.size(0),
                     .height = x.size(2),
                     .width = x.size(3),
@@ -137,7 +145,7 @@ Tensor conv2d_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_p
   // Without taps beside the pixel itself the batch is one long row.
   const bool one_tap = shape.kernel_height == 1 && shape.kernel_width == 1 && stride[0] == 1 &&
                        stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
-  if (one_tap && !depthwise && !images.is_signed && !shape.overreads()) {
+  if (one_tap && !depthwise && !images.is_signed && !planar && !shape.overreads()) {
     images.width *= images.batch * images.height;
     images.batch = images.height = 1;
     shape.out_width = images.width;

@@ -47,15 +47,17 @@ void check_accumulator(const char* op, const kernels::Conv2dShape& shape) {
 }
 
 void check_padded_size(const ConvImages& images) {
+  constexpr uint64_t kMostBytes = uint64_t{1} << 34;
+  if (images.padding_height == 0 && images.padding_width == 0) return;
   const std::array<uint64_t, 3> sizes = {
       static_cast<uint64_t>(images.height + 2 * images.padding_height),
       static_cast<uint64_t>(images.width + 2 * images.padding_width),
       static_cast<uint64_t>(images.channels)};
   uint64_t bytes = 0;
   const bool overflows = c10::safe_multiplies_u64(sizes, &bytes);
-  TORCH_CHECK_VALUE(!overflows && bytes < (uint64_t{1} << 62),
-                    "qtoolkit::conv2d: a padded image of ", sizes[0], " x ", sizes[1], " x ",
-                    sizes[2], " bytes is too large; check the padding");
+  TORCH_CHECK_VALUE(!overflows && bytes <= kMostBytes, "qtoolkit::conv2d: a padded image of ",
+                    sizes[0], " x ", sizes[1], " x ", sizes[2], " bytes is too large, the most is ",
+                    kMostBytes, "; check the padding");
 }
 
 ConvParams read_conv_params(const char* op, const Tensor& x, const Tensor& x_scale,
@@ -102,11 +104,11 @@ PackedHandle attach_weight(kernels::Conv2dArgs& args, const ConvParams& params,
                                        .x_scale = params.x_scale,
                                        .x_zero_point = params.x_zero_point,
                                        .y_scale = params.y_scale});
-  const Tensor& canonical = packed->canonical.defined() ? packed->canonical : tensors.weight;
-  args.weight = canonical.const_data_ptr<int8_t>();
-  args.packed = packed->packed.get();
-  args.offset = packed->offset.data();
-  args.multiplier = packed->multiplier.data();
+  const Tensor& canonical = packed.weight->canonical;
+  args.weight = (canonical.defined() ? canonical : tensors.weight).const_data_ptr<int8_t>();
+  args.packed = packed.weight->bytes.get();
+  args.offset = packed.terms->offset.data();
+  args.multiplier = packed.terms->multiplier.data();
   return packed;
 }
 

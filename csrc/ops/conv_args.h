@@ -1,8 +1,6 @@
 // What conv2d and linear share between their arguments and the kernel's.
 #pragma once
 
-#include <memory>
-
 #include "kernels/conv2d.h"
 #include "ops/checks.h"
 #include "ops/conv_run.h"
@@ -21,7 +19,7 @@ at::ScalarType check_output_qparams(const char* op, const OptionalTensor& y_scal
 
 // The sum of products of 8-bit codes must fit int32.
 void check_accumulator(const char* op, const kernels::Conv2dShape& shape);
-// The bytes of a padded image must be countable.
+// A padded image is copied: 16 GiB at most.
 void check_padded_size(const ConvImages& images);
 
 struct ConvParams {
@@ -50,7 +48,6 @@ struct WeightTensors {
   bool depthwise;
 };
 // Points args at the packed weight, which lives as long as the handle.
-using PackedHandle = std::shared_ptr<const PackedWeight>;
 PackedHandle attach_weight(kernels::Conv2dArgs& args, const ConvParams& params,
                            const WeightTensors& tensors);
 

@@ -7,9 +7,10 @@
 
 namespace qtoolkit::ops {
 
-// The input: NHWC codes, contiguous.
+// The input: NHWC codes, contiguous, or if `planar` NCHW.
 struct ConvImages {
   const uint8_t* x = nullptr;
+  bool planar = false;
   bool is_signed = false;  // the kernel sees code ^ 0x80, that is code + 128
   int64_t batch = 1, height = 1, width = 1, channels = 1;
   int64_t padding_height = 0, padding_width = 0;

@@ -86,7 +86,7 @@ QuantizeArgs channel_args(const Tensor& x, int64_t ch_axis, const Tensor& scale,
 Tensor quantize_per_tensor_cpu(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                int64_t quant_min, int64_t quant_max) {
   const Tensor y = quantize_per_tensor_meta(x, scale, zero_point, quant_min, quant_max);
-  const CodeRange range{static_cast<int32_t>(quant_min), static_cast<int32_t>(quant_max)};
+  const CodeRange range = check_quant_range("quantize_per_tensor", quant_min, quant_max);
   const QParams qparams = read_qparams("quantize_per_tensor", "", scale, zero_point, range);
   quantize_into(y, x, tensor_args(x, qparams, range));
   return y;
@@ -95,7 +95,7 @@ Tensor quantize_per_tensor_cpu(const Tensor& x, const Tensor& scale, const Tenso
 Tensor quantize_per_channel_cpu(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                 int64_t ch_axis, int64_t quant_min, int64_t quant_max) {
   const Tensor y = quantize_per_channel_meta(x, scale, zero_point, ch_axis, quant_min, quant_max);
-  const CodeRange range{static_cast<int32_t>(quant_min), static_cast<int32_t>(quant_max)};
+  const CodeRange range = check_quant_range("quantize_per_channel", quant_min, quant_max);
   const Tensor scales = scale.contiguous();
   const Tensor zero_points = zero_point.contiguous();
   read_channel_qparams("quantize_per_channel", scales, zero_points, range);

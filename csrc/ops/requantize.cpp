@@ -110,8 +110,9 @@ Tensor batch_norm_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_ze
     const double b = biases.const_data_ptr<float>()[c];
     TORCH_CHECK_VALUE(std::isfinite(w) && std::isfinite(b), "qtoolkit::", op,
                       ": weight and bias must be finite, got ", w, " and ", b, " for channel ", c);
-    factors[c] = multiplier(op, static_cast<double>(setting.x.scale) * w, setting.y.scale);
-    addends[c] = multiplier(op, b, setting.y.scale);
+    factors[c] = multiplier(op, static_cast<double>(setting.x.scale) * w, setting.y.scale,
+                            "x_scale * weight / y_scale");
+    addends[c] = multiplier(op, b, setting.y.scale, "bias / y_scale");
   }
   const Tensor dense =
       x.contiguous(x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);

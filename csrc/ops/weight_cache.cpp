@@ -1,24 +1,34 @@
 #include "ops/weight_cache.h"
 
+#include <c10/core/StorageImpl.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <shared_mutex>
+#include <span>
 #include <unordered_map>
+#include <vector>
 
 namespace qtoolkit::ops {
 namespace {
 
-// The settings that one weight is remembered with at once; the oldest goes first.
-constexpr size_t kMostPerWeight = 4;
+using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 
-// A sum, weighted by place, of 64 words spread over the weight's bytes, or of all of them if there
-// are fewer.
+// The settings that one packed weight is remembered with at once; the oldest goes first. They take
+// microseconds to compute again.
+constexpr size_t kMostTerms = 8;
+// The packed weights made from one storage may cover it this many times; the oldest goes first.
+constexpr int64_t kMostCover = 4;
+// Calls between two looks for dead weights. A look takes some nanoseconds a weight.
+constexpr int64_t kSweepEvery = 64;
+
+// A sum, weighted by place, of 64 words spread over the dense weight's bytes, or of all of them if
+// there are fewer.
 uint64_t sample(const Tensor& weight) {
-  if (!weight.is_non_overlapping_and_dense()) return 0;
   constexpr int64_t kWords = 64;
   constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
   const int64_t bytes = weight.numel();
@@ -40,32 +50,46 @@ uint64_t sample(const Tensor& weight) {
   return sum;
 }
 
-struct Settings {
-  int64_t version;
+// Where a weight lies and how the kernel sees it.
+struct Place {
   const void* data;
-  uint64_t sample;
+  at::DimVector strides;
   int64_t out_channels, in_channels, kernel_height, kernel_width, groups, runs;
-  bool depthwise, contiguous;
-  float x_scale, y_scale;
-  int32_t x_zero_point;
+  bool depthwise;
 
-  explicit Settings(const WeightRequest& r)
-      : version(r.weight.is_inference() ? 0 : r.weight._version()),
-        data(r.weight.const_data_ptr()),
-        sample(ops::sample(r.weight)),
+  explicit Place(const WeightRequest& r)
+      : data(r.weight.const_data_ptr()),
+        strides(r.weight.strides()),
         out_channels(r.shape.out_channels),
         in_channels(r.shape.in_channels),
         kernel_height(r.shape.kernel_height),
         kernel_width(r.shape.kernel_width),
         groups(r.shape.groups),
         runs(r.shape.runs_per_row()),
-        depthwise(r.depthwise),
-        contiguous(r.weight.is_contiguous()),
-        x_scale(r.x_scale),
-        y_scale(r.y_scale),
-        x_zero_point(r.x_zero_point) {}
+        depthwise(r.depthwise) {}
 
-  bool operator==(const Settings&) const = default;
+  bool operator==(const Place&) const = default;
+};
+
+// The tensor that counts the weight's versions: a view's base. Inference tensors count none.
+Tensor owner_of(const Tensor& weight) {
+  if (weight.is_inference()) return {};
+  return weight.is_view() ? Tensor(weight._base()) : weight;
+}
+
+// What the weight holds.
+struct Contents {
+  const c10::TensorImpl* owner = nullptr;
+  int64_t version = 0;
+  uint64_t sample;
+
+  Contents(const Tensor& weight, const Tensor& owner) : sample(ops::sample(weight)) {
+    if (!owner.defined()) return;
+    this->owner = owner.unsafeGetTensorImpl();
+    version = weight._version();
+  }
+
+  bool operator==(const Contents&) const = default;
 };
 
 template <class T>
@@ -80,39 +104,175 @@ std::span<const T> values_of(const Tensor* tensor) {
   return {tensor->const_data_ptr<T>(), static_cast<size_t>(tensor->numel())};
 }
 
-struct Remembered {
-  Settings settings;
+struct Settings {
+  float x_scale, y_scale;
+  int32_t x_zero_point;
   bool has_bias;
   std::vector<int32_t> bias;
   std::vector<float> weight_scale;
-  std::shared_ptr<const PackedWeight> packed;
 
-  Remembered(const WeightRequest& request, const Settings& settings,
-             std::shared_ptr<const PackedWeight> packed)
-      : settings(settings), has_bias(request.bias != nullptr), packed(std::move(packed)) {
-    const auto scales = values_of<float>(&request.weight_scale);
-    const auto biases = values_of<int32_t>(request.bias);
+  explicit Settings(const WeightRequest& r)
+      : x_scale(r.x_scale),
+        y_scale(r.y_scale),
+        x_zero_point(r.x_zero_point),
+        has_bias(r.bias != nullptr) {
+    const auto scales = values_of<float>(&r.weight_scale);
+    const auto biases = values_of<int32_t>(r.bias);
     weight_scale.assign(scales.begin(), scales.end());
     bias.assign(biases.begin(), biases.end());
   }
 
-  bool holds(const WeightRequest& request, const Settings& wanted) const {
-    return settings == wanted && has_bias == (request.bias != nullptr) &&
-           same_bytes<float>(weight_scale, values_of<float>(&request.weight_scale)) &&
-           same_bytes<int32_t>(bias, values_of<int32_t>(request.bias));
+  bool are(const WeightRequest& r) const {
+    return x_scale == r.x_scale && y_scale == r.y_scale && x_zero_point == r.x_zero_point &&
+           has_bias == (r.bias != nullptr) &&
+           same_bytes<float>(weight_scale, values_of<float>(&r.weight_scale)) &&
+           same_bytes<int32_t>(bias, values_of<int32_t>(r.bias));
   }
 };
 
-// The weak pointer tells when the weight is gone, and until it is dropped keeps the address from
-// being given to another tensor.
-struct Entry {
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> weight;
-  std::vector<Remembered> remembered;
+struct RememberedTerms {
+  Settings settings;
+  std::shared_ptr<const ChannelTerms> terms;
 };
 
-struct Cache {
-  std::shared_mutex mutex;
-  std::unordered_map<const c10::TensorImpl*, Entry> entries;
+struct Remembered {
+  Place place;
+  Contents contents;
+  WeakTensor owner;  // keeps the address in `contents` from being given to another tensor
+  int64_t numel;
+  std::shared_ptr<const PackedWeight> weight;
+  std::vector<RememberedTerms> terms;
+
+  bool dead() const { return contents.owner != nullptr && owner.expired(); }
+
+  std::shared_ptr<const ChannelTerms> find(const WeightRequest& request) const {
+    for (const RememberedTerms& known : terms) {
+      if (known.settings.are(request)) return known.terms;
+    }
+    return nullptr;
+  }
+};
+
+// The weights that lie in one storage. The weak pointer tells when the storage is gone, and until
+// it is dropped keeps the address from being given to another.
+struct Entry {
+  WeakStorage storage;
+  std::vector<Remembered> remembered;
+
+  Remembered* find(const Place& place, const Contents& contents) {
+    const auto found = std::ranges::find_if(remembered, [&](const Remembered& r) {
+      return r.contents == contents && r.place == place;
+    });
+    return found == remembered.end() ? nullptr : &*found;
+  }
+};
+
+// The weight that a request is for.
+struct Weight {
+  const WeightRequest& request;
+  Tensor owner;
+  Place place;
+  Contents contents;
+
+  explicit Weight(const WeightRequest& request)
+      : request(request),
+        owner(owner_of(request.weight)),
+        place(request),
+        contents(request.weight, owner) {}
+};
+
+class Cache {
+ public:
+  PackedHandle find(const Weight& weight) {
+    const std::shared_lock lock(mutex_);
+    const auto entry = entries_.find(storage_of(weight));
+    if (entry == entries_.end()) return {};
+    const Remembered* const known = entry->second.find(weight.place, weight.contents);
+    if (known == nullptr) return {};
+    return {known->weight, known->find(weight.request)};
+  }
+
+  // Remembers what was made; returns what another thread has remembered meanwhile, if it has.
+  PackedHandle insert(const Weight& weight, PackedHandle made) {
+    const std::unique_lock lock(mutex_);
+    Entry& entry = entries_
+                       .try_emplace(storage_of(weight),
+                                    Entry{weight.request.weight.storage().getWeakStorageImpl(), {}})
+                       .first->second;
+    Remembered* known = entry.find(weight.place, weight.contents);
+    if (known == nullptr) {
+      sweep();
+      known = add(entry, weight, std::move(made.weight));
+    }
+    if (auto terms = known->find(weight.request)) return {known->weight, std::move(terms)};
+    if (known->terms.size() == kMostTerms) known->terms.erase(known->terms.begin());
+    known->terms.push_back({Settings(weight.request), made.terms});
+    return {known->weight, std::move(made.terms)};
+  }
+
+  void count_call() {
+    if (++calls_ < next_sweep_.load(std::memory_order_relaxed)) return;
+    const std::unique_lock lock(mutex_);
+    if (calls_ >= next_sweep_) sweep();
+  }
+
+  void count_packing() { ++packings_; }
+
+  WeightCacheState state() {
+    const std::shared_lock lock(mutex_);
+    WeightCacheState state{.packings = packings_};
+    for (const auto& [address, entry] : entries_) {
+      for (const Remembered& r : entry.remembered) {
+        ++state.packed_weights;
+        state.packed_bytes += r.weight->size;
+        state.channel_terms += static_cast<int64_t>(r.terms.size());
+      }
+    }
+    return state;
+  }
+
+ private:
+  static const c10::StorageImpl* storage_of(const Weight& weight) {
+    return weight.request.weight.storage().unsafeGetStorageImpl();
+  }
+
+  // The rest is called under the unique lock.
+  void sweep() {
+    std::erase_if(entries_, [](const auto& item) { return item.second.storage.expired(); });
+    for (auto& [address, entry] : entries_) {
+      std::erase_if(entry.remembered, [](const Remembered& r) { return r.dead(); });
+    }
+    next_sweep_ = calls_ + std::max<int64_t>(kSweepEvery, std::ssize(entries_));
+  }
+
+  static Remembered* add(Entry& entry, const Weight& weight,
+                         std::shared_ptr<const PackedWeight> packed) {
+    // What was packed from earlier contents of the weight will not be asked for again.
+    std::erase_if(entry.remembered, [&](const Remembered& r) {
+      return r.contents.owner == weight.contents.owner &&
+             (r.contents.version != weight.contents.version || r.place == weight.place);
+    });
+    const Tensor& tensor = weight.request.weight;
+    entry.remembered.push_back({.place = weight.place,
+                                .contents = weight.contents,
+                                .owner = WeakTensor(weight.owner.getIntrusivePtr()),
+                                .numel = tensor.numel(),
+                                .weight = std::move(packed),
+                                .terms = {}});
+    int64_t covered = 0;
+    for (const Remembered& r : entry.remembered) covered += r.numel;
+    const auto most = kMostCover * static_cast<int64_t>(tensor.storage().nbytes());
+    auto first = entry.remembered.begin();
+    for (; covered > most; ++first) covered -= first->numel;
+    entry.remembered.erase(entry.remembered.begin(), first);
+    return &entry.remembered.back();
+  }
+
+  std::shared_mutex mutex_;
+  std::unordered_map<const c10::StorageImpl*, Entry> entries_;
+  std::atomic<int64_t> calls_{0};
+  std::atomic<int64_t> next_sweep_{kSweepEvery};
+  std::atomic<int64_t> packings_{0};
 };
 
 // Never destroyed: tensors may outlive the library's static objects.
@@ -121,88 +281,30 @@ Cache& cache() {
   return *instance;
 }
 
-int8_t* allocate(int64_t bytes) {
-  constexpr size_t kAlignment = 64;
-  const size_t size = (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-  void* const result = std::aligned_alloc(kAlignment, std::max(size, kAlignment));
-  if (result == nullptr) throw std::bad_alloc();
-  return static_cast<int8_t*>(result);
-}
-
-std::shared_ptr<const PackedWeight> pack(const WeightRequest& request) {
-  const kernels::Conv2dShape& shape = request.shape;
-  const auto scales = values_of<float>(&request.weight_scale);
-  const auto biases = values_of<int32_t>(request.bias);
-  check_scales(request.op, "weight_scale", scales);
-
-  auto result = std::make_shared<PackedWeight>();
-  Tensor weight = request.weight;
-  if (!weight.is_contiguous()) weight = result->canonical = weight.contiguous();
-  const auto* w = weight.const_data_ptr<int8_t>();
-  if (request.depthwise) {
-    result->packed.reset(allocate(shape.kernel_height * shape.kernel_width * shape.groups));
-    kernels::pack_conv2d_depthwise_weight(shape, w, result->packed.get());
-  } else {
-    result->packed.reset(allocate(shape.packed_bytes()));
-    kernels::pack_conv2d_weight(shape, w, result->packed.get());
-  }
-
-  const int64_t channels = shape.groups * shape.out_channels;
-  const int64_t taps = shape.in_channels * shape.kernel_height * shape.kernel_width;
-  const int64_t group_stride =
-      request.depthwise ? 1 : shape.blocks_per_group() * kernels::kChannelBlock;
-  const auto length = static_cast<size_t>(shape.groups * group_stride);
-  result->offset.assign(length, 0);
-  result->multiplier.assign(length, 0.0f);
-  for (int64_t c = 0; c < channels; ++c) {
-    int64_t sum = 0;
-    for (int64_t k = 0; k < taps; ++k) sum += w[c * taps + k];
-    const int64_t bias = biases.empty() ? 0 : biases[static_cast<size_t>(c)];
-    const double scale = scales[scales.size() == 1 ? 0 : static_cast<size_t>(c)];
-    const auto at =
-        static_cast<size_t>(c / shape.out_channels * group_stride + c % shape.out_channels);
-    // The accumulator wraps, and so may the offset: their sum fits.
-    result->offset[at] = static_cast<int32_t>(bias - request.x_zero_point * sum);
-    result->multiplier[at] =
-        multiplier(request.op, static_cast<double>(request.x_scale) * scale, request.y_scale);
-  }
-  return result;
-}
-
-void insert(Cache& cache, const WeightRequest& request, const Settings& settings,
-            const std::shared_ptr<const PackedWeight>& packed) {
-  const std::unique_lock lock(cache.mutex);
-  std::erase_if(cache.entries, [](const auto& item) { return item.second.weight.expired(); });
-  const auto& impl = request.weight.getIntrusivePtr();
-  auto& remembered = cache.entries.try_emplace(impl.get(), Entry{c10::weak_intrusive_ptr(impl), {}})
-                         .first->second.remembered;
-  // What was packed from earlier contents of the weight will not be asked for again.
-  const auto stale = std::ranges::remove_if(remembered, [&](const Remembered& r) {
-    return r.settings.version != settings.version || r.settings.data != settings.data ||
-           r.settings.sample != settings.sample;
-  });
-  remembered.erase(stale.begin(), stale.end());
-  if (remembered.size() == kMostPerWeight) remembered.erase(remembered.begin());
-  remembered.emplace_back(request, settings, packed);
-}
-
 }  // namespace
 
-std::shared_ptr<const PackedWeight> packed_weight(const WeightRequest& request) {
+PackedHandle packed_weight(const WeightRequest& request) {
   Cache& known = cache();
-  const Settings settings(request);
-  {
-    const std::shared_lock lock(known.mutex);
-    const auto found = known.entries.find(request.weight.unsafeGetTensorImpl());
-    if (found != known.entries.end()) {
-      for (const Remembered& remembered : found->second.remembered) {
-        if (remembered.holds(request, settings)) return remembered.packed;
-      }
+  known.count_call();
+  PackedHandle handle;
+  const auto complete = [&] {
+    if (handle.weight == nullptr) {
+      handle.weight = pack_weight(request);
+      known.count_packing();
     }
+    handle.terms = channel_terms(request, *handle.weight);
+  };
+  if (!request.weight.is_non_overlapping_and_dense()) {
+    complete();
+    return handle;
   }
-  std::shared_ptr<const PackedWeight> packed = pack(request);
-  insert(known, request, settings, packed);
-  return packed;
+  const Weight weight(request);
+  handle = known.find(weight);
+  if (handle.terms != nullptr) return handle;
+  complete();
+  return known.insert(weight, std::move(handle));
 }
+
+WeightCacheState weight_cache_state() { return cache().state(); }
 
 }  // namespace qtoolkit::ops

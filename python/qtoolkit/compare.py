@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
-from qtoolkit.graph.capture import capture, graph_modules
-from qtoolkit.graph.report import get_report
+from qtoolkit.graph.capture import Capture
+from qtoolkit.graph.modules import graph_modules
+from qtoolkit.graph.prepare import is_observer
+from qtoolkit.graph.report import get_report, model_inputs
 from qtoolkit.nn.base import QuantizedModule
 
 
@@ -75,7 +77,9 @@ class _Energy:
 class _FloatRun(fx.Interpreter):
     """Runs a captured graph and keeps the values of some nodes."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[str], values: dict[Any, Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, wanted: set[str], values: dict[Any, list[Tensor]]
+    ) -> None:
         super().__init__(module)
         self.wanted = wanted
         self.values = values
@@ -85,7 +89,7 @@ class _FloatRun(fx.Interpreter):
         result = super().run_node(n)
         if n.name in self.wanted and isinstance(result, Tensor):
             # Later in-place operators would change it.
-            self.values[(self.part, n.name)] = result.clone()
+            self.values.setdefault((self.part, n.name), []).append(result.clone())
         return result
 
 
@@ -139,14 +143,14 @@ def compare(
     Raises:
         ValueError: ``quantized`` is not converted, or the loader is empty.
     """
-    layers = _quantized_layers(quantized)
-    if get_report(quantized) is None or not layers:
+    report = get_report(quantized)
+    if report is None or any(is_observer(module) for module in quantized.modules()):
         raise ValueError("compare needs the result of qt.convert as its second argument")
     quantized = copy.deepcopy(quantized)
     layers = _quantized_layers(quantized)
     energies = {key: _Energy() for key in layers}
     whole = _Energy()
-    expected: dict[Any, Tensor] = {}
+    expected: dict[Any, list[Tensor]] = {}
     captured: nn.Module | None = None
 
     for key, layer in layers.items():
@@ -155,21 +159,22 @@ def compare(
             module: nn.Module, args: Any, output: Tensor, key: tuple[str, str] = key
         ) -> None:
             assert isinstance(module, QuantizedModule)
-            if key in expected:
-                energies[key].add(expected[key], _real(module, output))
+            # A part that is called several times gives its values in the order of the calls.
+            if expected.get(key):
+                energies[key].add(expected[key].pop(0), _real(module, output))
 
         layer.register_forward_hook(measure)
 
     batches = 0
     with torch.no_grad():
         for batch in tqdm(loader, "compare", total=max_batches, disable=not progress):
-            x = batch if isinstance(batch, Tensor) else batch[0]
+            inputs = model_inputs(batch, report.inputs)
             if captured is None:
-                captured = capture(model, (x,))[0]
+                captured = Capture(model, inputs).model
                 _record_float(captured, {node for _, node in layers}, expected)
             expected.clear()
-            reference = _first_tensor(captured(x))
-            whole.add(reference, _first_tensor(quantized(x)))
+            reference = _first_tensor(captured(*inputs))
+            whole.add(reference, _first_tensor(quantized(*inputs)))
             batches += 1
             if batches == max_batches:
                 break
@@ -184,7 +189,7 @@ def compare(
     )
 
 
-def _record_float(model: nn.Module, wanted: set[str], values: dict[Any, Tensor]) -> None:
+def _record_float(model: nn.Module, wanted: set[str], values: dict[Any, list[Tensor]]) -> None:
     """Makes every captured part keep the values of the wanted nodes whenever it runs."""
     for part, module in graph_modules(model):
         run = _FloatRun(module, wanted, values)

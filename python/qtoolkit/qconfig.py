@@ -203,7 +203,7 @@ def _same_type(a: str, b: str) -> bool:
     return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
 
 
-def _matches_name(pattern: str, name: str) -> bool:
+def matches_name(pattern: str, name: str) -> bool:
     """The pattern matches the name or that of a module which holds it."""
     parts = name.split(".")
     return any(
@@ -266,7 +266,7 @@ class QConfigMapping(_JsonFields):
             op_type: its class, or the name of the class or of the function.
         """
         for pattern, qconfig in reversed(self.module_names):
-            if _matches_name(pattern, name):
+            if matches_name(pattern, name):
                 return qconfig
         type_name = _canonical_type_name(op_type)
         for known, qconfig in reversed(self.module_types):

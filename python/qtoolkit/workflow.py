@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from qtoolkit.fake_quantize import FakeQuantize
-from qtoolkit.graph.capture import graph_modules
 from qtoolkit.graph.lower import lower_graph
+from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer, prepare_model
-from qtoolkit.graph.report import get_report, set_report
+from qtoolkit.graph.report import get_report, model_inputs, set_report
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.qat.batch_norm import _FreezableBatchNorm
 from qtoolkit.qconfig import (
@@ -42,6 +42,12 @@ def _check_model(model: Any, function: str) -> None:
         raise TypeError(f"{function} needs the Python module, not its TorchScript")
     if get_report(model) is not None:
         raise ValueError(f"{function}: this model is prepared or converted already")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{function} needs a float32 model, but {name} is {parameter.dtype}: call "
+                "model.float() on a copy first"
+            )
 
 
 def prepare(
@@ -62,11 +68,12 @@ def prepare(
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is missing or no tuple.
-        ValueError: the model is prepared or converted already.
-        RuntimeError: the model fails on the example inputs.
+        ValueError: the model is prepared or converted already, or not float32.
+        RuntimeError: the model cannot be copied, or fails on the example inputs.
     """
     _check_model(model, "prepare")
     mapping = get_default_qconfig_mapping("x86") if mapping is None else mapping
+    _check_mapping(mapping, "prepare")
     return prepare_model(model, mapping, _as_tuple(example_inputs), qat=False)
 
 
@@ -94,39 +101,36 @@ def prepare_qat(
     """
     _check_model(model, "prepare_qat")
     mapping = get_default_qat_qconfig_mapping("x86") if mapping is None else mapping
+    _check_mapping(mapping, "prepare_qat")
     return prepare_model(model, mapping, _as_tuple(example_inputs), qat=True)
+
+
+def _check_mapping(mapping: Any, function: str) -> None:
+    if not isinstance(mapping, QConfigMapping):
+        raise TypeError(
+            f"{function} needs a QConfigMapping as its second argument, such as "
+            f'qt.get_default_qconfig_mapping("x86"); got {type(mapping).__name__}'
+        )
+
+
+def _is_converted(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedModule) for module in model.modules())
 
 
 def _observers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_observer(module)]
 
 
-def _input_count(model: nn.Module) -> int | None:
-    """How many inputs a captured model takes; None if that is not known."""
-    if not isinstance(model, fx.GraphModule):
-        return None
-    return sum(node.op == "placeholder" for node in model.graph.nodes)
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device | None) -> None:
-    """Runs the model on a batch: inputs alone, or (input, ..., label)."""
+def _call(model: nn.Module, batch: Any, inputs: int, device: torch.device | None) -> None:
+    """Runs the model on a batch: inputs alone, (input, ..., label), or a dict of inputs."""
 
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     if isinstance(batch, dict):
         model(**{key: move(value) for key, value in batch.items()})
-        return
-    if isinstance(batch, torch.Tensor):
-        model(move(batch))
-        return
-    if not isinstance(batch, tuple | list) or not batch:
-        raise TypeError(
-            "a calibration batch must be a tensor, a tuple (input, label) or a dict of inputs; got "
-            f"{type(batch).__name__}"
-        )
-    count = _input_count(model) or 1
-    model(*(move(value) for value in batch[:count]))
+    else:
+        model(*(move(value) for value in model_inputs(batch, inputs)))
 
 
 def calibrate(
@@ -148,8 +152,11 @@ def calibrate(
         ValueError: the model is not prepared, there is no data, or a batch gives NaN or infinite
             activations (names the layer).
     """
-    if get_report(prepared) is None:
+    report = get_report(prepared)
+    if report is None:
         raise ValueError("calibrate needs the result of qt.prepare")
+    if _is_converted(prepared):
+        raise ValueError("calibrate: this model is converted already; calibrate the prepared one")
     observers = _observers(prepared)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
@@ -166,7 +173,7 @@ def calibrate(
     try:
         with torch.no_grad():
             for batch in tqdm(loader, "calibrate", total=total, disable=not progress):
-                _call(prepared, batch, device)
+                _call(prepared, batch, report.inputs, device)
                 batches += 1
                 if batches == max_batches:
                     break
@@ -196,7 +203,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     report = get_report(prepared)
     if report is None:
         raise ValueError("convert needs the result of qt.prepare or qt.prepare_qat")
-    if any(isinstance(module, QuantizedModule) for module in prepared.modules()):
+    if _is_converted(prepared):
         raise ValueError("convert: this model is converted already")
     quantized = copy.deepcopy(prepared).eval()
     report = copy.deepcopy(report)
@@ -204,7 +211,8 @@ def convert(prepared: nn.Module) -> nn.Module:
         lower_graph(module, f"{name}." if name else "", report)
     set_report(quantized, report)
     for parameter in quantized.parameters():
-        parameter.requires_grad_(False)
+        if parameter.is_leaf:  # those inside a TorchScript module are not
+            parameter.requires_grad_(False)
     return quantized.eval()
 
 

@@ -64,7 +64,7 @@ def test_calibrate_of_a_plain_model(model):
 
 
 def test_calibrate_with_a_batch_that_is_no_input(prepared):
-    with pytest.raises(TypeError, match="calibration batch"):
+    with pytest.raises(TypeError, match="a batch must be"):
         qt.calibrate(prepared, ["text"], progress=False)
 
 

@@ -21,7 +21,7 @@ inline __attribute__((always_inline)) void depthwise_pixel(const Conv2dArgs& arg
     for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
       for (int64_t lane = 0; lane < lanes; ++lane) {
         // Exact: 255 * -128 and 255 * 127 fit in 16 bits.
-        acc[lane] += static_cast<int16_t>(tap[lane] * w[lane]);
+        acc[lane] = wrapping_add(acc[lane], static_cast<int16_t>(tap[lane] * w[lane]));
       }
       tap += s.dilation_width * args.x_pixel_stride;
       w += s.groups;

@@ -12,8 +12,8 @@ void accumulate_run(const uint8_t* x, const int8_t* w, int64_t quads, int32_t* a
   for (int64_t quad = 0; quad < quads; ++quad, x += 4, w += 4 * kChannelBlock) {
     const int32_t x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
     for (int64_t lane = 0; lane < kChannelBlock; ++lane) {
-      acc[lane] +=
-          x0 * w[4 * lane] + x1 * w[4 * lane + 1] + x2 * w[4 * lane + 2] + x3 * w[4 * lane + 3];
+      acc[lane] = wrapping_add(acc[lane], x0 * w[4 * lane] + x1 * w[4 * lane + 1] +
+                                              x2 * w[4 * lane + 2] + x3 * w[4 * lane + 3]);
     }
   }
 }

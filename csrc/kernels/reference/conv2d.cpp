@@ -19,7 +19,7 @@ int32_t accumulate(const Conv2dArgs& args, int64_t pixel, int64_t group, int64_t
         const uint8_t code = args.x[(row + ky * s.dilation_height) * args.x_row_stride +
                                     (column + kx * s.dilation_width) * args.x_pixel_stride +
                                     group * s.in_channels + i];
-        sum += int32_t{code} * *w++;
+        sum = wrapping_add(sum, int32_t{code} * *w++);
       }
     }
   }
@@ -42,7 +42,8 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
       for (int64_t lane = 0; lane < channels; ++lane) {
         const int64_t padded = block * kChannelBlock + lane;
         const int64_t channel = first_channel + lane;
-        const int32_t acc = args.offset[padded] + accumulate(args, pixel, group, channel);
+        const int32_t acc =
+            wrapping_add(args.offset[padded], accumulate(args, pixel, group, channel));
         store_conv2d_output(args, pixel, group * s.out_channels + channel, acc,
                             args.multiplier[padded]);
       }

@@ -14,8 +14,8 @@ void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
           for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
             const int64_t y = row * s.stride_height + ky * s.dilation_height;
             const int64_t x = column * s.stride_width + kx * s.dilation_width;
-            acc +=
-                int32_t{args.x[y * args.x_row_stride + x * args.x_pixel_stride + channel]} * *w++;
+            const uint8_t code = args.x[y * args.x_row_stride + x * args.x_pixel_stride + channel];
+            acc = wrapping_add(acc, int32_t{code} * *w++);
           }
         }
         store_conv2d_output(args, row * s.out_width + column, channel, acc,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.export.report import ExportReport
+from qtoolkit.graph.prepare import is_observer
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -74,6 +75,8 @@ def torchscript(
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
+        ValueError: the model is prepared, not converted.
+        IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
         RuntimeError: the loaded file computes something else; nothing is left at ``path``.
     """
@@ -86,7 +89,11 @@ def torchscript(
             "example_inputs must be a non-empty tuple of what the model's forward takes; got "
             f"{type(example_inputs).__name__}"
         )
-    target = Path(path)
+    if any(is_observer(module) for module in model.modules()):
+        raise ValueError("this model is prepared, not quantized: export the result of qt.convert")
+    target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
+    if not os.fspath(path) or target.is_dir():
+        raise IsADirectoryError(f"cannot write {os.fspath(path)!r}: the path must name a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     example_inputs = tuple(example_inputs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize
-from qtoolkit.graph.normalize import free_name
+from qtoolkit.graph.modules import called_module, free_name
 from qtoolkit.graph.notes import note_of
-from qtoolkit.graph.patterns import Match, called_module
+from qtoolkit.graph.patterns import Match
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
 from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
@@ -44,6 +46,8 @@ class _Lowering:
         self.dequantized: dict[fx.Node, fx.Node] = {}
         #: What stands for a node that is gone; matches name nodes of the graph as it was.
         self.replaced: dict[fx.Node, fx.Node] = {}
+        #: The first quantized layer made of a weight.
+        self.shared: dict[int, tuple[object, QuantizedModule]] = {}
 
     def run(self) -> None:
         matches = {match.output: match for match in find_matches(self.module)}
@@ -55,7 +59,7 @@ class _Lowering:
                 continue
             elif is_observer(called_module(node, self.module)):
                 self._lower_observer(node)
-            elif keeps_values(node, self.module) and node.args and node.args[0] in self.codes:
+            elif self._moves_codes(node):
                 self._lower_same_values(node)
             elif not asks_fact(node):
                 self._use_float_inputs(node)
@@ -63,6 +67,12 @@ class _Lowering:
         self.module.delete_all_unused_submodules()
         self.graph.lint()
         self.module.recompile()
+
+    def _moves_codes(self, node: fx.Node) -> bool:
+        if not node.args or node.args[0] not in self.codes:
+            return False
+        # Of codes every part is codes; keeps_values needs shapes to know, which a pickle loses.
+        return node.target is operator.getitem or keeps_values(node, self.module)
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         node.replace_all_uses_with(new)
@@ -94,6 +104,10 @@ class _Lowering:
         if keep_bound:
             lowered.relu = False  # type: ignore[assignment]
             lowered.float_node = ""
+            self._add_float_layer(
+                self.prefix + self._name_of(last), self._kind_of(last), "it clips a float output"
+            )
+        self._share_weight(called_module(match.anchor, self.module), lowered)
         name = str(match.anchor.target)
         self.module.set_submodule(name, lowered)
         with self.graph.inserting_before(last):
@@ -108,6 +122,17 @@ class _Lowering:
             self.graph.erase_node(node)
         if output is not None:
             self.codes[call] = output
+
+    def _share_weight(self, layer: nn.Module | None, lowered: QuantizedModule) -> None:
+        """Lets the calls of one layer hold the same codes, so that they are saved once."""
+        weight = getattr(layer, "weight", None)
+        if weight is None or not hasattr(lowered, "weight_scale"):
+            return
+        # The weight is kept, so that its id stays its own.
+        _, first = self.shared.setdefault(id(weight), (weight, lowered))
+        for name in ("weight", "weight_scale"):
+            if torch.equal(getattr(first, name), getattr(lowered, name)):
+                setattr(lowered, name, getattr(first, name))
 
     def _lower_observer(self, node: fx.Node) -> None:
         value = node.args[0]
@@ -154,12 +179,23 @@ class _Lowering:
         used = [arg for arg in node.all_input_nodes if arg in self.codes]
         for arg in used:
             node.replace_input_with(arg, self._dequantize(arg))
-        # Without shapes (they are lost in a pickle) a function is known to be of tensors by its input.
+        if node.op == "output":
+            self._make_outputs_contiguous(node)
+        # A pickle loses the shapes; then a function is known to be of tensors by its input.
         computes = used or float_shape(node) is not None or node.op == "call_module"
         if node.op.startswith("call") and computes and not keeps_values(node, self.module):
             kind = self._kind_of(node)
             name = self.prefix + self._name_of(node)
             self._add_float_layer(name, kind, f"no integer kernel for {kind}")
+
+    def _make_outputs_contiguous(self, output: fx.Node) -> None:
+        """Undoes channels-last at the border: the user's code may call ``view`` on a result."""
+        for node in output.all_input_nodes:
+            shape = float_shape(node)
+            made_here = isinstance(called_module(node, self.module), QuantizedModule)
+            if made_here or (shape is not None and len(shape) > 3):
+                with self.graph.inserting_before(output):
+                    output.replace_input_with(node, self.graph.call_method("contiguous", (node,)))
 
     def _dequantize(self, node: fx.Node) -> fx.Node:
         if node not in self.dequantized:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from qtoolkit.graph import same_values
-from qtoolkit.graph.patterns import AsModule, called_module, pattern_of, patterns
-from qtoolkit.graph.patterns.fusing import only_user
+from qtoolkit.graph.modules import called_module, free_name
+from qtoolkit.graph.patterns import AsModule, pattern_of, patterns
+from qtoolkit.graph.patterns.fusing import is_foldable, only_user
 from qtoolkit.graph.patterns.weighted import set_submodule
-
-
-def free_name(module: nn.Module, name: str) -> str:
-    """A name for a new child: the wanted one, or with a number if that is taken."""
-    if not hasattr(module, name):
-        return name
-    number = 1
-    while hasattr(module, f"{name}_{number}"):
-        number += 1
-    return f"{name}_{number}"
+from qtoolkit.graph.plain import is_plain
+from qtoolkit.graph.shapes import float_shape
+from qtoolkit.nn.sharing import further_call
 
 
 def _as_module(node: fx.Node, module: fx.GraphModule) -> AsModule | None:
@@ -72,18 +71,49 @@ def separate_shared_layers(module: fx.GraphModule) -> None:
             parent_name, _, leaf = name.rpartition(".")
             parent = module.get_submodule(parent_name)
             new_leaf = free_name(parent, f"{leaf}_1")
-            parent.add_module(new_leaf, _shallow_copy(called))
+            parent.add_module(new_leaf, further_call(called))
             node.target = f"{parent_name}.{new_leaf}" if parent_name else new_leaf
         seen.add(str(node.target))
     module.recompile()
 
 
-def _shallow_copy(layer: nn.Module) -> nn.Module:
-    copy = layer.__class__.__new__(layer.__class__)
-    copy.__dict__ = dict(layer.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        copy.__dict__[table] = dict(layer.__dict__[table])
-    return copy
+def read_directly(name: str, module: fx.GraphModule) -> bool:
+    """True if the graph reads a parameter or buffer of the module, besides calling it."""
+    return any(
+        node.op == "get_attr" and str(node.target).rpartition(".")[0] == name
+        for node in module.graph.nodes
+    )
+
+
+def _use_constant(node: fx.Node, value: Any) -> None:
+    """Puts a constant in the place of a node and erases the node."""
+
+    def replace(argument: Any) -> Any:
+        return value if argument is node else argument
+
+    for user in list(node.users):
+        user.args = map_aggregate(user.args, replace)
+        user.kwargs = map_aggregate(user.kwargs, replace)
+    node.graph.erase_node(node)
+
+
+def settle_calls(module: fx.GraphModule) -> None:
+    """Brings calls into one form: layers' inputs by position, no views, no facts of weights."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and not node.args and len(node.kwargs) == 1:
+            node.args, node.kwargs = tuple(node.kwargs.values()), {}
+        elif node.op == "call_method" and node.target == "view":
+            # Converted layers give channels-last tensors, where a view may be impossible.
+            if not any(isinstance(arg, torch.dtype) for arg in node.args):
+                node.target = "reshape"
+        elif node.op == "call_function" and node.target is getattr and node.args[1] == "dtype":
+            source = node.args[0]
+            if isinstance(source, fx.Node) and source.op == "get_attr":
+                dtype = operator.attrgetter(str(source.target))(module).dtype
+                _use_constant(node, dtype)
+                if not source.users:
+                    module.graph.erase_node(source)
+    module.recompile()
 
 
 def fold_batch_norms(module: fx.GraphModule) -> None:
@@ -91,21 +121,24 @@ def fold_batch_norms(module: fx.GraphModule) -> None:
     bias."""
     for node in list(module.graph.nodes):
         layer = called_module(node, module)
-        if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+        if not is_plain(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             continue
         user = only_user(node)
         batch_norm = called_module(user, module)
-        if user is None or not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
+        if user is None or not is_foldable(batch_norm):
             continue
-        if not batch_norm.track_running_stats or (
-            isinstance(layer, nn.Linear) and not isinstance(batch_norm, nn.BatchNorm1d)
-        ):
+        assert isinstance(batch_norm, nn.modules.batchnorm._BatchNorm)
+        assert layer is not None
+        shape = float_shape(node)
+        if isinstance(layer, nn.Linear) and (shape is None or len(shape) != 2):
+            continue  # over [N, L, C] a batch norm is not per output feature
+        if read_directly(str(node.target), module) or read_directly(str(user.target), module):
             continue
         folded: nn.Module
         if isinstance(layer, nn.Linear):
             folded = fuse_linear_bn_eval(layer, batch_norm)
         else:
-            folded = fuse_conv_bn_eval(layer, batch_norm)
+            folded = fuse_conv_bn_eval(layer, batch_norm)  # type: ignore[type-var]
         set_submodule(module, str(node.target), folded)
         node.meta[FLOAT_NODE] = float_node(user)
         user.replace_all_uses_with(node)

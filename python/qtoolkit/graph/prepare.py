@@ -3,49 +3,73 @@ codes."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize
-from qtoolkit.graph.capture import Uncaptured, capture, graph_modules
+from qtoolkit.graph.capture import Capture, Uncaptured
+from qtoolkit.graph.modules import called_module, free_name, graph_modules
 from qtoolkit.graph.normalize import (
     float_node,
     fold_batch_norms,
-    free_name,
     functions_to_modules,
+    read_directly,
     separate_shared_layers,
+    settle_calls,
 )
 from qtoolkit.graph.notes import Note, change_note, note_of, qconfig_of, set_note
-from qtoolkit.graph.patterns import Match, called_module, pattern_of
+from qtoolkit.graph.patterns import Match, pattern_of
 from qtoolkit.graph.patterns.weighted import set_submodule
+from qtoolkit.graph.plain import not_plain
 from qtoolkit.graph.report import FloatLayer, Report, set_report
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
 from qtoolkit.graph.shared import SharedObserver, shared_ranges
 from qtoolkit.nn.qat.batch_norm import make_freezable
 from qtoolkit.observers import Observer, make_observer
-from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
+from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec, matches_name
 
 
 def prepare_model(
     model: nn.Module, mapping: QConfigMapping, example_inputs: tuple[Any, ...], *, qat: bool
 ) -> nn.Module:
     """A captured copy of the model with observers; see ``qtoolkit.prepare`` and ``prepare_qat``."""
-    captured, uncaptured = capture(model, example_inputs)
-    propagate_shapes(captured, example_inputs)
-    report = Report(uncaptured=[_as_float_layer(entry) for entry in uncaptured])
-    for name, module in graph_modules(captured):
-        prefix = f"{name}." if name else ""
+    capture = Capture(model, example_inputs)
+    propagate_shapes(capture.model, example_inputs)
+    for _, module in graph_modules(capture.model):
+        settle_calls(module)
         functions_to_modules(module)
         separate_shared_layers(module)
         if not qat:
             fold_batch_norms(module)
-        _prepare_graph(module, prefix, mapping, report, qat=qat)
+    failure = capture.difference()
+    if failure:
+        capture.give_up(f"the rewritten graph {failure}")
+    captured = capture.model
+    report = Report(
+        inputs=len(example_inputs),
+        uncaptured=[_as_float_layer(entry) for entry in capture.uncaptured],
+    )
+    seen: list[str] = []
+    for name, module in list(graph_modules(captured)):
+        _prepare_graph(module, f"{name}." if name else "", mapping, report, seen, qat=qat)
+    _warn_of_unused_names(mapping, seen)
     if qat:
         captured.train()
     set_report(captured, report)
     return captured
+
+
+def _warn_of_unused_names(mapping: QConfigMapping, names: list[str]) -> None:
+    for pattern, _ in mapping.module_names:
+        if not any(matches_name(pattern, name) for name in names):
+            warnings.warn(
+                f"set_module_name({pattern!r}, ...) names no layer of this model that can be "
+                "quantized",
+                stacklevel=4,
+            )
 
 
 def _as_float_layer(entry: Uncaptured) -> FloatLayer:
@@ -54,7 +78,11 @@ def _as_float_layer(entry: Uncaptured) -> FloatLayer:
 
 
 def _assign_qconfigs(
-    module: fx.GraphModule, prefix: str, mapping: QConfigMapping, report: Report
+    module: fx.GraphModule,
+    prefix: str,
+    mapping: QConfigMapping,
+    report: Report,
+    seen: list[str],
 ) -> None:
     """Notes on every module that can be quantized how it shall be."""
     for node in module.graph.nodes:
@@ -62,9 +90,12 @@ def _assign_qconfigs(
         pattern = pattern_of(node, module)
         if called is None or pattern is None:
             continue
-        name = prefix + str(node.target)
+        name = _layer_name(prefix, node, module)
+        seen.append(name)
         qconfig = mapping.qconfig_for(name, getattr(called, "op_name", type(called)))
-        reason = pattern.unsupported(called)
+        reason = not_plain(called) or pattern.unsupported(called)
+        if read_directly(str(node.target), module):
+            reason = "forward reads its parameters itself"
         if qconfig is None or qconfig.activation is None:
             reason = "its qconfig keeps it in float"
         elif pattern.has_weight and qconfig.weight is None:
@@ -72,11 +103,17 @@ def _assign_qconfigs(
         elif reason is None:
             reason = _unsupported_formats(qconfig, has_weight=pattern.has_weight)
         if reason is None and float_shape(node) is None:
-            reason = "its output is not a floating-point tensor"
+            reason = "the example inputs do not reach it, or its output is no float tensor"
         if reason is not None:
             qconfig = None
             report.floats.append(FloatLayer(name, type(called).__name__, reason))
         set_note(called, Note(name, float_node(node), qconfig))
+
+
+def _layer_name(prefix: str, node: fx.Node, module: fx.GraphModule) -> str:
+    # A graph of one call stands for the layer itself; see capture.
+    alone = len(module.graph.nodes) == 3 and node.target == "module"
+    return prefix[:-1] if alone and prefix else prefix + str(node.target)
 
 
 def _unsupported_formats(qconfig: QConfig, *, has_weight: bool) -> str | None:
@@ -143,9 +180,15 @@ def _drop_float_only(module: fx.GraphModule, report: Report, prefix: str) -> lis
 
 
 def _prepare_graph(
-    module: fx.GraphModule, prefix: str, mapping: QConfigMapping, report: Report, *, qat: bool
+    module: fx.GraphModule,
+    prefix: str,
+    mapping: QConfigMapping,
+    report: Report,
+    seen: list[str],
+    *,
+    qat: bool,
 ) -> None:
-    _assign_qconfigs(module, prefix, mapping, report)
+    _assign_qconfigs(module, prefix, mapping, report, seen)
     matches = _drop_float_only(module, report, prefix)
 
     specs, names = _values_to_quantize(module, matches)
@@ -171,16 +214,17 @@ def _prepare_graph(
     observers: dict[fx.Node, nn.Module] = {}
     for node, spec in specs.items():
         group = groups[node]
-        if group not in observers:
+        first = observers.get(group)
+        if first is None:
             make = FakeQuantize if qat else make_observer
-            observers[group] = make(spec, names[group]).to(device).train(module.training)
-        observer = observers[group]
-        _insert_observer(
-            module,
-            node,
-            suffix,
-            SharedObserver(observer) if node in covered else observer,  # type: ignore[arg-type]
-        )
+            first = make(spec, names[group]).to(device).train(module.training)
+            observers[group] = first
+            _insert_observer(module, node, suffix, first)
+        else:
+            # One module for each value: a pickle gives a module that is called twice one name.
+            assert isinstance(first, Observer)
+            shared = SharedObserver(first, records=node not in covered)
+            _insert_observer(module, node, suffix, shared)
     module.graph.lint()
     module.recompile()
 

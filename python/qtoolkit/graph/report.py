@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Report:
     """What stays in float.
 
     Attributes:
+        inputs: how many inputs the model takes.
         uncaptured: modules whose ``forward`` could not be traced.
         floats: layers that stay in float though they could be seen.
     """
 
+    inputs: int = 1
     uncaptured: list[FloatLayer] = field(default_factory=list)
     floats: list[FloatLayer] = field(default_factory=list)
 
@@ -51,3 +54,20 @@ def get_report(model: nn.Module) -> Report | None:
     if isinstance(model, fx.GraphModule) and _ATTRIBUTE in model.meta:
         return model.meta[_ATTRIBUTE]
     return getattr(model, _ATTRIBUTE, None)
+
+
+def model_inputs(batch: Any, count: int) -> tuple[Any, ...]:
+    """A model's inputs from a loader's batch: a tensor, or a tuple of inputs and what follows them.
+
+    Raises:
+        TypeError: the batch is neither, or too short.
+    """
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    if not isinstance(batch, tuple | list) or len(batch) < count:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            f"a batch must be a tensor or a tuple that begins with the model's {count} input(s), "
+            f"such as (input, label); got {type(batch).__name__}{size}"
+        )
+    return tuple(batch[:count])

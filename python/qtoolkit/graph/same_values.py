@@ -12,7 +12,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from qtoolkit.graph.patterns.registry import AsModule, called_module
+from qtoolkit.graph.modules import called_module
+from qtoolkit.graph.patterns.registry import AsModule
+from qtoolkit.graph.plain import is_plain
 from qtoolkit.graph.shapes import bind, float_shape
 from qtoolkit.nn import pooling
 
@@ -30,7 +32,6 @@ _MODULES = (
     nn.ChannelShuffle,
 )
 _FUNCTIONS = {
-    operator.getitem,
     torch.flatten,
     torch.reshape,
     torch.squeeze,
@@ -71,10 +72,22 @@ _MAX_POOL = {functional.max_pool2d, torch.max_pool2d}
 def keeps_values(node: fx.Node, module: fx.GraphModule) -> bool:
     """True if the node only moves the values of its first argument."""
     if node.op == "call_module":
-        return isinstance(called_module(node, module), _MODULES)
+        called = called_module(node, module)
+        return is_plain(called, _MODULES) and not getattr(called, "return_indices", False)
+    if node.target is operator.getitem:
+        # A part of a tensor, or one of those that it was cut into; not of an LSTM's result.
+        source = node.args[0]
+        return isinstance(source, fx.Node) and (float_shape(source) is not None or _cuts(source))
     if node.op == "call_function":
         return node.target in _FUNCTIONS
     return node.op == "call_method" and node.target in _METHODS
+
+
+_CUTS = {torch.chunk, torch.split, "chunk", "split"}
+
+
+def _cuts(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in _CUTS
 
 
 def asks_fact(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qtoolkit.graph.capture import graph_modules
+from qtoolkit.graph.modules import graph_modules
 
 _KEY = "qtoolkit_value"
 
@@ -38,7 +39,7 @@ def propagate_shapes(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     ]
     try:
         with torch.no_grad():
-            model(*example_inputs)
+            model(*copy.deepcopy(example_inputs))
     finally:
         for handle in handles:
             handle.remove()

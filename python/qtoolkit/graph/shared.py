@@ -17,10 +17,16 @@ from qtoolkit.qconfig import TensorSpec
 
 
 class SharedObserver(nn.Module):
-    """Stands on a value that another observer speaks for; records nothing."""
+    """Stands on a value that another value's observer speaks for.
 
-    def __init__(self, observer: Observer) -> None:
+    Args:
+        observer: that observer.
+        records: whether it is shown this value too.
+    """
+
+    def __init__(self, observer: Observer, *, records: bool) -> None:
         super().__init__()
+        self.records = records
         # In a tuple, so that the observer is not registered a second time.
         self._observer = (observer,)
 
@@ -35,7 +41,7 @@ class SharedObserver(nn.Module):
         return self._observer[0].name
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return self._observer[0](x) if self.records else x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The other observer's; raises what it raises."""

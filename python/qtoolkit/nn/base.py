@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,19 @@ class QuantizedModule(nn.Module):
     #: Name of the node in the captured float graph that has the same output, for ``qt.compare``.
     float_node = ""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves to another device; scales keep their dtype under ``.half()`` and the like."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._clip_output()
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
@@ -74,10 +88,18 @@ class QuantizedModule(nn.Module):
         value."""
         self._register_qparams("output", qparams)
         self.quant_min = 0 if qparams is None else qparams.quant_min
-        self.quant_max = 255 if qparams is None else qparams.quant_max
-        if qparams is not None and upper is not None:
-            code = round(upper / float(qparams.scale)) + int(qparams.zero_point)
-            self.quant_max = max(min(self.quant_max, code), int(qparams.zero_point))
+        self.format_max = self.quant_max = 255 if qparams is None else qparams.quant_max
+        self.upper = upper
+        self._clip_output()
+
+    def _clip_output(self) -> None:
+        """Lowers the highest code to that of the upper bound, which depends on the scale."""
+        upper = getattr(self, "upper", None)
+        if upper is None or self.output_scale is None:
+            return
+        zero_point = int(self.output_zero_point)
+        code = round(upper / float(self.output_scale)) + zero_point
+        self.quant_max = max(min(self.format_max, code), zero_point)
 
     def formats(self) -> str:
         """What it reads and writes, for reports, such as ``"uint8 x int8 -> uint8"``."""

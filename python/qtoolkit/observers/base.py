@@ -11,8 +11,15 @@ from qtoolkit.formats import get_format
 from qtoolkit.observers.state import QuantizationState
 from qtoolkit.qconfig import TensorSpec
 
+# The inverse of a scale, and its products with others, must be finite.
+_SMALLEST = 2.0**-100
 _EPS = torch.finfo(torch.float32).eps
 _FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+def _valid(scale: Tensor) -> Tensor:
+    """Epsilon for an empty range, else the scale, kept where it and its inverse are normal."""
+    return torch.where(scale == 0, _EPS, scale.clamp(_SMALLEST, _FLOAT_MAX))
 
 
 def range_to_qparams(min_val: Tensor, max_val: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
@@ -20,8 +27,8 @@ def range_to_qparams(min_val: Tensor, max_val: Tensor, spec: TensorSpec) -> tupl
 
     Affine: the range is widened to include 0, scale = (max - min) / (quant_max - quant_min),
     zero_point = quant_min - round(min / scale). Symmetric: scale = max(|min|, |max|) divided by
-    half the number of steps, with the format's middle code as zero point. The scale is never
-    below float32's epsilon, so a constant or zero range gives a valid one. Reads no value on the
+    half the number of steps, with the format's middle code as zero point. A range of zero gives
+    float32's epsilon as scale. Reads no value on the
     host: NaN gives NaN.
 
     Returns:
@@ -30,11 +37,10 @@ def range_to_qparams(min_val: Tensor, max_val: Tensor, spec: TensorSpec) -> tupl
     quant_min, quant_max = spec.quant_min, spec.quant_max
     low, high = min_val.clamp(max=0.0), max_val.clamp(min=0.0)
     if spec.symmetric:
-        scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
-        scale = scale.clamp(_EPS, _FLOAT_MAX)
+        scale = _valid(torch.maximum(-low, high) / ((quant_max - quant_min) / 2))
         middle = get_format(spec.format).symmetric_zero_point()
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = ((high - low) / float(quant_max - quant_min)).clamp(_EPS, _FLOAT_MAX)
+    scale = _valid((high - low) / float(quant_max - quant_min))
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
 

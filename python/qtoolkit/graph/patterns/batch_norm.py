@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.patterns.fusing import Chain
-from qtoolkit.graph.patterns.registry import Match, Pattern, called_module, register_pattern
+from qtoolkit.graph.patterns.registry import Match, Pattern, register_pattern
 from qtoolkit.nn import elementwise
 from qtoolkit.nn.base import QParams
 from qtoolkit.nn.qat.weighted import batch_norm_factor, folded_bias

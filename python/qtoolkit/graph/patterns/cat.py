@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qtoolkit.graph.patterns.registry import (
-    AsModule,
-    Match,
-    Pattern,
-    called_module,
-    register_pattern,
-)
+from qtoolkit.graph.modules import called_module
+from qtoolkit.graph.patterns.registry import AsModule, Match, Pattern, register_pattern
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn import elementwise, functional
 from qtoolkit.nn.base import QParams

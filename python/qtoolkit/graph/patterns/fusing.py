@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.notes import qconfig_of
-from qtoolkit.graph.patterns.registry import called_module
+from qtoolkit.graph.plain import is_plain
 from qtoolkit.nn import functional
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -18,11 +17,20 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def is_foldable(module: nn.Module | None) -> bool:
+    """True for a batch norm that a layer before it can take in."""
+    return (
+        is_plain(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+        and module.running_var is not None  # type: ignore[union-attr]
+    )
+
+
 def relu_bound(module: nn.Module | None) -> tuple[bool, float | None]:
     """Whether a module is a ReLU that can be fused, and its upper bound."""
-    if isinstance(module, nn.Hardtanh):  # nn.ReLU6 is one
+    if is_plain(module, nn.Hardtanh):  # nn.ReLU6 is one
+        assert isinstance(module, nn.Hardtanh)
         return (True, float(module.max_val)) if module.min_val == 0 else (False, None)
-    return isinstance(module, nn.ReLU), None
+    return is_plain(module, nn.ReLU), None
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Chain:
         """Takes in the batch norm after the last node."""
         user = self._next()
         called = called_module(user, module)
-        if user is not None and isinstance(called, BATCH_NORMS):
+        if user is not None and is_foldable(called):
             self.nodes.append(user)
             self.batch_norm = called
 

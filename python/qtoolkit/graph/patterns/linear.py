@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.patterns.fusing import Chain
 from qtoolkit.graph.patterns.registry import Match, Pattern, register_pattern
 from qtoolkit.graph.patterns.weighted import integer_weight_and_bias, set_submodule
+from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn.base import QParams
 from qtoolkit.nn.linear import Linear
 from qtoolkit.nn.qat import weighted
 from qtoolkit.qconfig import QConfig
+
+
+def _takes_batch_norm(node: fx.Node, module: fx.GraphModule) -> bool:
+    """A batch norm is per output feature only over [N, C]; over [N, L, C] it is over L.
+
+    A layer that is prepared for training knows; before, the shape tells.
+    """
+    linear = called_module(node, module)
+    if isinstance(linear, weighted.Linear):
+        return linear.folds_batch_norm
+    shape = float_shape(node)
+    return shape is not None and len(shape) == 2
 
 
 @register_pattern
@@ -25,9 +39,8 @@ class LinearPattern(Pattern):
         if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
             return None
         chain = Chain([node], taken)
-        # A batch norm over [N, C]; over [N, L, C] it would not be per output feature, and has no
-        # place after a linear layer.
-        chain.follow_batch_norm(module)
+        if _takes_batch_norm(node, module):
+            chain.follow_batch_norm(module)
         chain.follow_relu(module)
         return Match(
             self,

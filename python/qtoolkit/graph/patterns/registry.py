@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from qtoolkit.graph.modules import called_module
 from qtoolkit.nn.base import QParams
 from qtoolkit.qconfig import QConfig
 
@@ -115,13 +116,6 @@ def register_pattern(cls: type[Pattern]) -> type[Pattern]:
 def patterns() -> tuple[Pattern, ...]:
     """All patterns in order of precedence."""
     return tuple(_PATTERNS)
-
-
-def called_module(node: Any, module: fx.GraphModule) -> nn.Module | None:
-    """The module that a node calls, or None."""
-    if isinstance(node, fx.Node) and node.op == "call_module":
-        return module.get_submodule(str(node.target))
-    return None
 
 
 def pattern_of(node: fx.Node, module: fx.GraphModule) -> Pattern | None:

@@ -6,14 +6,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as torch_functional
 
+from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.patterns.fusing import relu_bound
-from qtoolkit.graph.patterns.registry import (
-    AsModule,
-    Match,
-    Pattern,
-    called_module,
-    register_pattern,
-)
+from qtoolkit.graph.patterns.registry import AsModule, Match, Pattern, register_pattern
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn import elementwise
 from qtoolkit.nn.base import QParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx, nn
 
 from qtoolkit.graph.notes import note_of, set_note
@@ -26,6 +27,10 @@ def integer_weight_and_bias(
     layer: nn.Conv2d | nn.Linear, match: Match, qconfig: QConfig
 ) -> tuple[IntegerWeight, Tensor | None]:
     """A layer's weight as codes, and its float bias, batch norm folded in."""
+    if layer.bias is not None and not bool(torch.isfinite(layer.bias).all()):
+        raise ValueError(
+            f"{match.anchor.target}.bias holds NaN or Inf; check the model's checkpoint"
+        )
     if isinstance(layer, Conv2d | Linear):
         weight = layer.integer_weight(match.batch_norm)
         if match.batch_norm is None:

@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.nn.sharing import keep_mark
+
 
 class _FreezableBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A batch norm with a flag that keeps it in evaluation mode while the model trains.
 
-    The flag is a buffer, so a checkpoint of the training run keeps it; checkpoints of the float
-    model, which lack it, load too.
+    The flag is a buffer (uint8, which averaged copies of a model can hold), so a checkpoint of the
+    training run keeps it; checkpoints of the float model, which lack it, load too.
     """
 
     frozen: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_buffer("frozen", torch.tensor(False))
+        self.register_buffer("frozen", torch.tensor(0, dtype=torch.uint8))
 
     def freeze(self, frozen: bool = True) -> None:
         """Uses the running statistics from now on and leaves them unchanged."""
@@ -68,6 +70,7 @@ def make_freezable(module: nn.Module) -> nn.Module:
         setattr(result, name, parameter)
     for name, buffer in module.named_buffers(recurse=False):
         setattr(result, name, buffer)
+    keep_mark(module, result)
     result.train(module.training)
     return result
 

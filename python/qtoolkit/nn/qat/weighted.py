@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.nn.sharing import keep_mark
 from qtoolkit.nn.weights import IntegerWeight, fold_scale, quantize_weight
 from qtoolkit.qconfig import TensorSpec
 
@@ -33,6 +34,7 @@ class _FakeQuantizedWeight:
         commutes = spec.symmetric and spec.granularity == "per_channel"
         # In a tuple, so that it is not registered a second time as a child of this module.
         self._folded = () if batch_norm is None or commutes else (batch_norm,)
+        self.folds_batch_norm = batch_norm is not None
 
     def _fold_factor(self) -> Tensor | None:
         if not self._folded:
@@ -109,9 +111,13 @@ def _adopt(
 ) -> Any:
     result.weight = module.weight
     result.bias = module.bias
+    keep_mark(module, result)
     result._init_fake_quant(spec, name, batch_norm)
     result.weight_fake_quant.to(module.weight.device)
     result.train(module.training)
+    # A first range, so that no buffer changes its shape later (averaged copies rely on that).
+    with torch.no_grad():
+        result.quantized_weight()
     return result
 
 

@@ -1,0 +1,48 @@
+// What the convolution kernels read instead of a weight, its scale and its bias.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/conv2d.h"
+#include "ops/aligned_buffer.h"
+#include "ops/checks.h"
+
+namespace qtoolkit::ops {
+
+// All that it depends on.
+struct WeightRequest {
+  const char* op;
+  const Tensor& weight;               // int8 [groups * out_channels, in_channels, ...]
+  const Tensor& weight_scale;         // float32 [groups * out_channels] or [1], contiguous
+  const Tensor* bias;                 // int32 [groups * out_channels], contiguous, or nullptr
+  const kernels::Conv2dShape& shape;  // the output's size does not matter
+  bool depthwise = false;
+  float x_scale = 1.0f;
+  int32_t x_zero_point = 0;  // of unsigned codes
+  float y_scale = 1.0f;      // 1 for float output
+};
+
+// Depends on the weight and the shape only.
+struct PackedWeight {
+  Tensor canonical;  // contiguous; set only if the weight itself is not
+  AlignedBuffer<int8_t> bytes;
+  int64_t size = 0;  // of bytes
+  // Of each output channel's weights, and of their absolute values.
+  std::vector<int64_t> sum, absolute_sum;
+};
+
+// Depends on the scales, the zero point and the bias too; in the kernels' order of channels.
+struct ChannelTerms {
+  std::vector<int32_t> offset;
+  std::vector<float> multiplier;
+};
+
+std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request);
+
+// ValueError if a scale is bad or a channel's accumulator could leave int32.
+std::shared_ptr<const ChannelTerms> channel_terms(const WeightRequest& request,
+                                                  const PackedWeight& packed);
+
+}  // namespace qtoolkit::ops

@@ -1,0 +1,44 @@
+// Sparse, nested and oneDNN tensors: an error that says what to do, in place of PyTorch's list of
+// backends.
+#include <torch/library.h>
+
+namespace {
+
+void refuse(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
+  TORCH_CHECK_TYPE(false, op.schema().name(),
+                   ": an argument is a sparse, nested or oneDNN tensor; this operator takes dense "
+                   "tensors, convert it with .to_dense() or to_padded_tensor()");
+}
+
+void refuse_all(torch::Library& m) {
+  for (const char* name : {"quantize_per_tensor",
+                           "quantize_per_channel",
+                           "dequantize_per_tensor",
+                           "dequantize_per_channel",
+                           "fake_quantize_per_tensor",
+                           "fake_quantize_per_channel",
+                           "fake_quantize_per_tensor_backward",
+                           "fake_quantize_per_channel_backward",
+                           "min_max",
+                           "min_max_per_channel",
+                           "histogram",
+                           "conv2d",
+                           "linear",
+                           "add",
+                           "requantize",
+                           "batch_norm",
+                           "max_pool2d",
+                           "avg_pool2d",
+                           "adaptive_avg_pool2d",
+                           "cat"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(qtoolkit, SparseCPU, m) { refuse_all(m); }
+TORCH_LIBRARY_IMPL(qtoolkit, SparseCsrCPU, m) { refuse_all(m); }
+TORCH_LIBRARY_IMPL(qtoolkit, NestedTensorCPU, m) { refuse_all(m); }
+TORCH_LIBRARY_IMPL(qtoolkit, AutogradNestedTensor, m) { refuse_all(m); }
+TORCH_LIBRARY_IMPL(qtoolkit, MkldnnCPU, m) { refuse_all(m); }

@@ -1,0 +1,32 @@
+"""Finding modules in captured models and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+
+def graph_modules(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The captured parts of a model, outermost first, with their dotted names."""
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            yield name, module
+
+
+def called_module(node: Any, module: fx.GraphModule) -> nn.Module | None:
+    """The module that a node calls, or None."""
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return module.get_submodule(str(node.target))
+    return None
+
+
+def free_name(module: nn.Module, name: str) -> str:
+    """A name for a new child: the wanted one, or with a number if that is taken."""
+    if not hasattr(module, name):
+        return name
+    number = 1
+    while hasattr(module, f"{name}_{number}"):
+        number += 1
+    return f"{name}_{number}"

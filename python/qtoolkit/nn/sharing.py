@@ -1,0 +1,53 @@
+"""Modules that are called more than once: one set of parameters under one name.
+
+``prepare`` gives every call of a layer a module of its own, because calls may differ in what is
+fused into them and in the ranges of their activations. The further ones hold the same parameter
+objects; in a state dict these appear under the first one's name alone, as in the user's model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_MARK = "qtoolkit_further_call"
+
+
+def _tensors(module: nn.Module) -> dict[str, Any]:
+    named = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, tensor in _tensors(module).items():
+        state_dict.setdefault(prefix + name, tensor)
+
+
+def _after_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in _tensors(module):
+        state_dict.pop(prefix + name, None)
+
+
+def mark_further_call(module: nn.Module) -> None:
+    """Keeps the module's own parameters and buffers out of state dicts."""
+    setattr(module, _MARK, True)
+    module.register_load_state_dict_pre_hook(_before_load)
+    module.register_state_dict_post_hook(_after_state_dict)
+
+
+def further_call(layer: nn.Module) -> nn.Module:
+    """A module that holds the layer's parameters and buffers, for a further call of it."""
+    copy = layer.__class__.__new__(layer.__class__)
+    copy.__dict__ = {
+        name: value.copy() if name.startswith("_") and hasattr(value, "copy") else value
+        for name, value in layer.__dict__.items()
+    }
+    mark_further_call(copy)
+    return copy
+
+
+def keep_mark(old: nn.Module, new: nn.Module) -> None:
+    """Marks a module that takes the place of a marked one."""
+    if getattr(old, _MARK, False):
+        mark_further_call(new)
