@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm.auto import tqdm
 
 from qtoolkit.graph.capture import Capture
 from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report, model_inputs
 from qtoolkit.nn.base import QuantizedModule
+from qtoolkit.progress import batch_bar
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def compare(
 
     batches = 0
     with torch.no_grad():
-        for batch in tqdm(loader, "compare", total=max_batches, disable=not progress):
+        for batch in batch_bar(loader, max_batches, "compare", progress=progress):
             inputs = model_inputs(batch, report.inputs)
             if captured is None:
                 captured = Capture(model, inputs).model
@@ -176,8 +176,6 @@ def compare(
             reference = _first_tensor(captured(*inputs))
             whole.add(reference, _first_tensor(quantized(*inputs)))
             batches += 1
-            if batches == max_batches:
-                break
     if batches == 0:
         raise ValueError("compare got no data: the loader is empty")
     return Comparison(

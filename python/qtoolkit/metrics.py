@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from qtoolkit.progress import batch_bar
 
 Metric = Callable[[Any, Any], Tensor | float]
 
@@ -29,6 +30,8 @@ def _top_k(k: int, output: Tensor, label: Tensor) -> Tensor:
         raise TypeError(
             f"evaluate: metric top{k} needs labels of shape [{output.shape[0]}], got {what}"
         )
+    if bool(output.isnan().any()):
+        raise ValueError("evaluate: the model gave NaN; check its weights and the input data")
     return (output.topk(k, dim=1).indices == label.unsqueeze(1)).any(dim=1)
 
 
@@ -64,23 +67,16 @@ def evaluate(
 
     Raises:
         ValueError: an unknown metric, a max_batches below 1, no batch in the loader, or fewer
-            classes than the metric needs.
+            classes than the metric needs; or the model gives NaN.
         TypeError: a batch that is not (input, label), or outputs and labels of wrong shapes.
     """
     if isinstance(metric, str) and metric not in _METRICS:
         raise ValueError(f"evaluate: unknown metric {metric!r}; use top1, top5 or a callable")
     score = _METRICS[metric] if isinstance(metric, str) else metric
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"evaluate: max_batches must be at least 1, got {max_batches}")
     if device is None:
         device = _device_of(model)
     total, samples = 0.0, 0
-    bar = tqdm(
-        itertools.islice(loader, max_batches),
-        total=_batch_count(loader, max_batches),
-        desc="evaluate",
-        disable=not progress,
-    )
+    bar = batch_bar(loader, max_batches, "evaluate", progress=progress)
     with bar, _eval_mode(model), torch.no_grad():
         for batch in bar:
             x, label = _split(batch)
@@ -109,14 +105,6 @@ def _split(batch: Any) -> tuple[Tensor, Any]:
             f"got {type(x).__name__}"
         )
     return x, label
-
-
-def _batch_count(loader: Iterable[Any], max_batches: int | None) -> int | None:
-    try:
-        count = len(loader)  # type: ignore[arg-type]
-    except TypeError:  # an iterator, or a loader over a stream
-        return max_batches
-    return count if max_batches is None else min(count, max_batches)
 
 
 def _device_of(model: Any) -> torch.device | None:

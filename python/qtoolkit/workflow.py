@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.graph.lower import lower_graph
@@ -17,6 +16,7 @@ from qtoolkit.graph.prepare import is_observer, prepare_model
 from qtoolkit.graph.report import get_report, model_inputs, set_report
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.qat.batch_norm import _FreezableBatchNorm
+from qtoolkit.progress import batch_bar
 from qtoolkit.qconfig import (
     QConfigMapping,
     get_default_qat_qconfig_mapping,
@@ -158,8 +158,6 @@ def calibrate(
     if _is_converted(prepared):
         raise ValueError("calibrate: this model is converted already; calibrate the prepared one")
     observers = _observers(prepared)
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     device = next((p.device for p in prepared.parameters()), None)
     training = {module: module.training for module in prepared.modules()}
     prepared.eval()
@@ -167,16 +165,12 @@ def calibrate(
     for observer in observers:
         observer.train()
     batches = 0
-    total = len(loader) if isinstance(loader, Sized) else None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
+    bar = batch_bar(loader, max_batches, "calibrate", progress=progress)
     try:
         with torch.no_grad():
-            for batch in tqdm(loader, "calibrate", total=total, disable=not progress):
+            for batch in bar:
                 _call(prepared, batch, report.inputs, device)
                 batches += 1
-                if batches == max_batches:
-                    break
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -163,3 +163,12 @@ def test_model_size_counts_codes_as_bytes_and_shared_tensors_once():
 def test_model_size_of_a_scripted_model_is_the_same():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     assert model_size(torch.jit.script(model)) == model_size(model)
+
+
+def test_nan_outputs_are_an_error():
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate(
+            lambda x: torch.full((2, 10), float("nan")),
+            [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))],
+            progress=False,
+        )

@@ -1,0 +1,35 @@
+"""Batches with a progress bar."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def batch_bar(
+    loader: Iterable[Any], max_batches: int | None, description: str, *, progress: bool
+) -> tqdm:
+    """The first batches of a loader, with a bar that knows how many there are if the loader does.
+
+    Raises:
+        ValueError: ``max_batches`` is below 1.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"{description}: max_batches must be at least 1, got {max_batches}")
+    return tqdm(
+        itertools.islice(loader, max_batches),
+        total=_batch_count(loader, max_batches),
+        desc=description,
+        disable=not progress,
+    )
+
+
+def _batch_count(loader: Iterable[Any], max_batches: int | None) -> int | None:
+    try:
+        count = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an iterator, or a loader over a stream
+        return max_batches
+    return count if max_batches is None else min(count, max_batches)
