@@ -1,6 +1,7 @@
 #include "ops/weight_cache.h"
 
 #include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
@@ -15,7 +16,6 @@
 namespace qtoolkit::ops {
 namespace {
 
-using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 
 // The settings that one packed weight is remembered with at once; the oldest goes first. They take
@@ -71,23 +71,25 @@ struct Place {
   bool operator==(const Place&) const = default;
 };
 
-// The tensor that counts the weight's versions: a view's base. Inference tensors count none.
-Tensor owner_of(const Tensor& weight) {
-  if (weight.is_inference()) return {};
-  return weight.is_view() ? Tensor(weight._base()) : weight;
+// The address of the count of in-place changes that a tensor shares with its views and its
+// detach(); null for an inference tensor. The class has no other way to compare two.
+const void* identity(const c10::VariableVersion& counter) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+  const void* address = nullptr;
+  std::memcpy(&address, static_cast<const void*>(&counter), sizeof(address));
+  return address;
 }
 
 // What the weight holds.
 struct Contents {
-  const c10::TensorImpl* owner = nullptr;
-  int64_t version = 0;
+  const void* counter;
+  int64_t version;
   uint64_t sample;
 
-  Contents(const Tensor& weight, const Tensor& owner) : sample(ops::sample(weight)) {
-    if (!owner.defined()) return;
-    this->owner = owner.unsafeGetTensorImpl();
-    version = weight._version();
-  }
+  explicit Contents(const Tensor& weight)
+      : counter(identity(weight.unsafeGetTensorImpl()->version_counter())),
+        version(weight.is_inference() ? 0 : weight._version()),
+        sample(ops::sample(weight)) {}
 
   bool operator==(const Contents&) const = default;
 };
@@ -138,12 +140,13 @@ struct RememberedTerms {
 struct Remembered {
   Place place;
   Contents contents;
-  WeakTensor owner;  // keeps the address in `contents` from being given to another tensor
+  c10::VariableVersion counter;  // keeps the address in `contents` from being given to another
   int64_t numel;
   std::shared_ptr<const PackedWeight> weight;
   std::vector<RememberedTerms> terms;
 
-  bool dead() const { return contents.owner != nullptr && owner.expired(); }
+  // No tensor counts with it any more.
+  bool dead() const { return counter.enabled() && counter.unique(); }
 
   std::shared_ptr<const ChannelTerms> find(const WeightRequest& request) const {
     for (const RememberedTerms& known : terms) {
@@ -170,15 +173,11 @@ struct Entry {
 // The weight that a request is for.
 struct Weight {
   const WeightRequest& request;
-  Tensor owner;
   Place place;
   Contents contents;
 
   explicit Weight(const WeightRequest& request)
-      : request(request),
-        owner(owner_of(request.weight)),
-        place(request),
-        contents(request.weight, owner) {}
+      : request(request), place(request), contents(request.weight) {}
 };
 
 class Cache {
@@ -249,13 +248,13 @@ class Cache {
                          std::shared_ptr<const PackedWeight> packed) {
     // What was packed from earlier contents of the weight will not be asked for again.
     std::erase_if(entry.remembered, [&](const Remembered& r) {
-      return r.contents.owner == weight.contents.owner &&
+      return r.contents.counter == weight.contents.counter &&
              (r.contents.version != weight.contents.version || r.place == weight.place);
     });
     const Tensor& tensor = weight.request.weight;
     entry.remembered.push_back({.place = weight.place,
                                 .contents = weight.contents,
-                                .owner = WeakTensor(weight.owner.getIntrusivePtr()),
+                                .counter = tensor.unsafeGetTensorImpl()->version_counter(),
                                 .numel = tensor.numel(),
                                 .weight = std::move(packed),
                                 .terms = {}});

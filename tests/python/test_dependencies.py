@@ -24,7 +24,7 @@ CPP_OUTSIDE = {
 # Modules of python/qtoolkit, from the lowest layer up; the longest name that fits a module counts.
 PYTHON_LAYERS = [
     {"_version", "_C", "_library"},
-    {"ops", "formats", "observers.registry"},
+    {"ops", "formats", "progress", "observers.registry"},
     {"qconfig"},
     {"observers"},
     {"fake_quantize"},
