@@ -1,5 +1,6 @@
 // Speed of the convolution kernels on one core, for ResNet-18's and MobileNetV2's layers at
-// 224 x 224: microseconds, GMAC/s and, on a CPU with AVX512-VNNI, the share of its measured peak.
+// 224 x 224 and some of ResNet-18's at 64 x 64 and in batches: microseconds, GMAC/s and, on a CPU
+// with AVX512-VNNI, the share of its measured peak.
 //
 //   conv2d_kernel [path]     one of kernels/path.h's names; the selected path if absent
 
@@ -84,6 +85,7 @@ struct Layer {
   int64_t size, in, out, kernel, stride;  // size of the output
   bool residual;
   bool depthwise = false;
+  int64_t images = 1;
 };
 
 constexpr Layer kLayers[] = {
@@ -99,6 +101,11 @@ constexpr Layer kLayers[] = {
     {"1x1/2 256->512 @7", 7, 256, 512, 1, 2, false},
     {"3x3 512 @7", 7, 512, 512, 3, 1, true},
     {"linear 512->1000", 1, 512, 1000, 1, 1, false},
+    {"3x3 64 @16", 16, 64, 64, 3, 1, true},
+    {"3x3 128 @8, 4 images", 8, 128, 128, 3, 1, true, false, 4},
+    {"3x3 256 @4, 16 images", 4, 256, 256, 3, 1, true, false, 16},
+    {"3x3 512 @2, 32 images", 2, 512, 512, 3, 1, true, false, 32},
+    {"3x3 512 @7, 8 images", 7, 512, 512, 3, 1, true, false, 8},
     {"1x1 24->144 @56", 56, 24, 144, 1, 1, false},
     {"1x1 96->576 @14", 14, 96, 576, 1, 1, false},
     {"depthwise 3x3 32 @112", 112, 32, 32, 3, 1, false, true},
@@ -110,6 +117,7 @@ constexpr Layer kLayers[] = {
 void report(const Layer& layer) {
   k::Conv2dArgs args;
   k::Conv2dShape& s = args.shape;
+  s.images = layer.images;
   s.out_height = s.out_width = layer.size;
   s.groups = layer.depthwise ? layer.in : 1;
   s.in_channels = layer.depthwise ? 1 : layer.in;
@@ -119,7 +127,7 @@ void report(const Layer& layer) {
 
   std::mt19937 random(1);
   const int64_t side = (layer.size - 1) * layer.stride + layer.kernel;
-  std::vector<uint8_t> x(side * side * layer.in + k::kOverread);
+  std::vector<uint8_t> x(layer.images * side * side * layer.in + k::kOverread);
   for (uint8_t& code : x) code = static_cast<uint8_t>(random());
   const int64_t taps = layer.kernel * layer.kernel;
   const int64_t reduction = taps * s.in_channels;
@@ -134,6 +142,7 @@ void report(const Layer& layer) {
   args.x = x.data();
   args.x_pixel_stride = layer.in;
   args.x_row_stride = side * layer.in;
+  args.x_image_stride = side * args.x_row_stride;
   args.weight = weight.data();
   args.packed = packed.data();
   args.offset = offset.data();

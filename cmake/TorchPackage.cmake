@@ -27,15 +27,15 @@ target_link_libraries(torch_package INTERFACE
   "${TORCH_PACKAGE_DIR}/lib/libtorch.so" "${TORCH_PACKAGE_DIR}/lib/libtorch_cpu.so"
   "${TORCH_PACKAGE_DIR}/lib/libc10.so")
 
+# The target torch_openmp: the OpenMP runtime that PyTorch brings, so that a process has one only.
 # at::parallel_for is a template over OpenMP: compiled without -fopenmp it silently runs on one
-# thread. Linking the runtime that PyTorch brings keeps a second team of threads out of the process.
+# thread. The option is GCC's: what Clang makes of it does not run on libgomp.
 file(GLOB torch_gomp "${TORCH_PACKAGE_DIR}/lib/libgomp*.so*" "${TORCH_PACKAGE_DIR}/../torch.libs/libgomp*.so*")
 add_library(torch_openmp INTERFACE IMPORTED)
-if(torch_gomp AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+target_compile_options(torch_openmp INTERFACE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-fopenmp>)
+if(torch_gomp)
   list(GET torch_gomp 0 torch_gomp)
-  target_compile_options(torch_openmp INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
   target_link_libraries(torch_openmp INTERFACE "${torch_gomp}")
-else()
-  find_package(OpenMP REQUIRED COMPONENTS CXX)
-  target_link_libraries(torch_openmp INTERFACE OpenMP::OpenMP_CXX)
+else()  # this PyTorch uses the system's
+  target_link_libraries(torch_openmp INTERFACE gomp)
 endif()

@@ -99,19 +99,16 @@ use_venv() {
 
 # --- compiler and C++ libraries -------------------------------------------------------------------------------------
 
-# The PyTorch headers need C++20: GCC >= 12 or Clang >= 14.
+# The PyTorch headers need C++20; the operators need GCC's OpenMP (CMakeLists.txt says why).
 compiler_is_new_enough() {
   local macros
   macros=$(echo '__clang_major__ __GNUC__' | "$1" -x c++ -E -P - 2>/dev/null | tail -n 1) || return 1
-  case $macros in
-    __clang_major__\ *) [[ ${macros##* } -ge 12 ]] ;;
-    *) [[ ${macros%% *} -ge 14 ]] ;;
-  esac
+  [[ $macros == __clang_major__\ * && ${macros##* } -ge 12 ]]  # Clang replaces the first word
 }
 
 find_compiler() {
   local name
-  for name in ${CXX:-g++ g++-15 g++-14 g++-13 g++-12 clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14}; do
+  for name in ${CXX:-g++ g++-15 g++-14 g++-13 g++-12}; do
     if have "$name" && compiler_is_new_enough "$name"; then
       echo "$name"
       return
@@ -127,7 +124,7 @@ use_compiler() {
     if can_install; then apt_install "$package" || true; fi
   done
   CXX=$(find_compiler) ||
-    die "no C++20 compiler found. Install g++ (12 or later) or clang++ (14 or later), or name one in CXX."
+    die "no GCC 12 or later found${CXX:+ in CXX=$CXX}. Install g++, or name one in CXX (Clang builds the kernels only)."
   export CXX
 }
 
@@ -136,13 +133,6 @@ finds_header() {
   local header=$1
   shift
   echo "#include <$header>" | "$CXX" -x c++ -E "$@" - >/dev/null 2>&1
-}
-
-# GCC brings OpenMP; for Clang it is a package.
-use_openmp() {
-  finds_header omp.h -fopenmp && return
-  if can_install; then apt_install libomp-dev || true; fi
-  finds_header omp.h -fopenmp || die "$CXX finds no omp.h. Install libomp-dev, or use g++ (CXX=g++)."
 }
 
 use_python_headers() {
@@ -181,7 +171,7 @@ use_googletest() {
 
 # --- Python packages and the build ----------------------------------------------------------------------------------
 
-# Build requirements and extras of pyproject.toml, installed again only when that file changes.
+# Build requirements and extras of pyproject.toml and what setup.py adds, installed again only when that file changes.
 install_requirements() {
   local stamp="$VIRTUAL_ENV/.qtoolkit-requirements" key
   key=$(cksum <"$ROOT/pyproject.toml")
@@ -203,7 +193,7 @@ except ImportError:  # Python 3.10
 with open(sys.argv[1], "rb") as file:
     config = tomllib.load(file)
 extras = config["project"]["optional-dependencies"]
-needed = {*config["build-system"]["requires"], *config["project"]["dependencies"], *extras["test"], *extras["examples"]}
+needed = {*config["build-system"]["requires"], "numpy", "tqdm", *extras["test"], *extras["examples"]}
 try:  # a PyTorch that is there stays: torchvision then is the one that fits it
     version = importlib.metadata.version("torch")
     if tuple(map(int, version.split(".")[:2])) >= (2, 11):
@@ -239,7 +229,6 @@ print("build/%s-torch%s" % (sys.implementation.cache_tag, m.version("torch").spl
 set_up() {
   use_venv
   use_compiler
-  use_openmp
   use_python_headers
   if [[ ${QTOOLKIT_TESTS:-OFF} == ON ]]; then use_googletest; fi
   install_requirements

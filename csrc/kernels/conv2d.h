@@ -1,4 +1,4 @@
-// INT8 convolution (and linear, its 1x1 case) on one image whose border is already in memory.
+// INT8 convolution (and linear, its 1x1 case) on images whose borders are already in memory.
 //
 //   acc[c]  = offset[c] + sum over taps and input channels of x * w        (int32, exact)
 //   y       = clamp(rne(float(acc) * multiplier[c] + r) + zero_point, lo, hi)
@@ -21,6 +21,7 @@ inline constexpr int64_t kChannelBlock = 32;
 inline constexpr int64_t kOverread = 3;
 
 struct Conv2dShape {
+  int64_t images = 1;
   int64_t out_height = 0, out_width = 0;
   int64_t groups = 1;
   int64_t in_channels = 0;   // per group
@@ -43,15 +44,16 @@ struct Conv2dShape {
   int64_t packed_bytes() const {
     return padded_channels() * kernel_height * runs_per_row() * run_quads() * 4;
   }
-  int64_t pixels() const { return out_height * out_width; }
+  int64_t pixels() const { return images * out_height * out_width; }  // of the output
 };
 
 enum class Conv2dOutput : uint8_t { codes, float32 };
 
 struct Conv2dArgs {
   Conv2dShape shape;
-  const uint8_t* x = nullptr;  // first tap of output pixel (0, 0), channel 0 of group 0
-  int64_t x_row_stride = 0, x_pixel_stride = 0;  // bytes; pixels lie side by side
+  const uint8_t* x = nullptr;  // first tap of the first output pixel, channel 0 of group 0
+  // Bytes; pixels lie side by side. With one image x_image_stride does not matter.
+  int64_t x_image_stride = 0, x_row_stride = 0, x_pixel_stride = 0;
   const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
   // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
   const int8_t* packed = nullptr;
@@ -72,7 +74,8 @@ struct Conv2dArgs {
 };
 
 // Output pixels that one unit of work covers: one unit is one block of kChannelBlock channels at
-// kTilePixels consecutive pixels (in row-major order of the output, the last unit is shorter).
+// kTilePixels consecutive pixels (in row-major order of the output, image after image; the last
+// unit is shorter).
 inline constexpr int64_t kTilePixels = 7;
 
 inline int64_t conv2d_tiles(const Conv2dShape& shape) {
@@ -98,7 +101,7 @@ void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* 
 
 // Depthwise: groups == channels, one input and one output channel each (in_channels and
 // out_channels of the shape are 1). packed is [kernel_height * kernel_width][channels]; offset and
-// multiplier have `groups` entries. Units of work are output rows.
+// multiplier have `groups` entries. Units of work are output rows. One image in a call.
 void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end);
 void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
 

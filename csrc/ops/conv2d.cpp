@@ -16,7 +16,8 @@ namespace {
 
 constexpr const char* kOp = "conv2d";
 
-// PLANES_REASON
+// Up to so many planes of an NCHW image are interleaved in the pass that adds the border; more go
+// through PyTorch's transposition. With 3 planes of 224 x 224 this measured 0.07 ms, that 0.17.
 constexpr int64_t kMostPlanes = 4;
 
 c10::SymInt output_size(const char* which, const c10::SymInt& size, const c10::SymInt& kernel,

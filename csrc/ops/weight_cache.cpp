@@ -71,25 +71,13 @@ struct Place {
   bool operator==(const Place&) const = default;
 };
 
-// The address of the count of in-place changes that a tensor shares with its views and its
-// detach(); null for an inference tensor. The class has no other way to compare two.
-const void* identity(const c10::VariableVersion& counter) {
-  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
-  const void* address = nullptr;
-  std::memcpy(&address, static_cast<const void*>(&counter), sizeof(address));
-  return address;
-}
-
 // What the weight holds.
 struct Contents {
-  const void* counter;
   int64_t version;
   uint64_t sample;
 
   explicit Contents(const Tensor& weight)
-      : counter(identity(weight.unsafeGetTensorImpl()->version_counter())),
-        version(weight.is_inference() ? 0 : weight._version()),
-        sample(ops::sample(weight)) {}
+      : version(weight.is_inference() ? 0 : weight._version()), sample(ops::sample(weight)) {}
 
   bool operator==(const Contents&) const = default;
 };
@@ -140,13 +128,9 @@ struct RememberedTerms {
 struct Remembered {
   Place place;
   Contents contents;
-  c10::VariableVersion counter;  // keeps the address in `contents` from being given to another
   int64_t numel;
   std::shared_ptr<const PackedWeight> weight;
   std::vector<RememberedTerms> terms;
-
-  // No tensor counts with it any more.
-  bool dead() const { return counter.enabled() && counter.unique(); }
 
   std::shared_ptr<const ChannelTerms> find(const WeightRequest& request) const {
     for (const RememberedTerms& known : terms) {
@@ -238,23 +222,16 @@ class Cache {
   // The rest is called under the unique lock.
   void sweep() {
     std::erase_if(entries_, [](const auto& item) { return item.second.storage.expired(); });
-    for (auto& [address, entry] : entries_) {
-      std::erase_if(entry.remembered, [](const Remembered& r) { return r.dead(); });
-    }
     next_sweep_ = calls_ + std::max<int64_t>(kSweepEvery, std::ssize(entries_));
   }
 
   static Remembered* add(Entry& entry, const Weight& weight,
                          std::shared_ptr<const PackedWeight> packed) {
     // What was packed from earlier contents of the weight will not be asked for again.
-    std::erase_if(entry.remembered, [&](const Remembered& r) {
-      return r.contents.counter == weight.contents.counter &&
-             (r.contents.version != weight.contents.version || r.place == weight.place);
-    });
+    std::erase_if(entry.remembered, [&](const Remembered& r) { return r.place == weight.place; });
     const Tensor& tensor = weight.request.weight;
     entry.remembered.push_back({.place = weight.place,
                                 .contents = weight.contents,
-                                .counter = tensor.unsafeGetTensorImpl()->version_counter(),
                                 .numel = tensor.numel(),
                                 .weight = std::move(packed),
                                 .terms = {}});

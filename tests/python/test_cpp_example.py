@@ -16,9 +16,11 @@ import qtoolkit as qt
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "examples-cpp"  # shared with quickstart.sh: only the first run compiles
+# The environment's own, if it has one: the system's may be too old.
+CMAKE = shutil.which("cmake", path=Path(sys.executable).parent) or shutil.which("cmake")
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "examples" / "cpp").is_dir() or shutil.which("cmake") is None,
+    not (ROOT / "examples" / "cpp").is_dir() or CMAKE is None,
     reason="needs the repository and CMake",
 )
 
@@ -38,10 +40,10 @@ def small_model() -> nn.Module:
 @pytest.fixture(scope="module")
 def program() -> Path:
     commands = [
-        ["cmake", "-S", ROOT / "examples" / "cpp", "-B", BUILD, "-G", "Ninja",
+        [CMAKE, "-S", ROOT / "examples" / "cpp", "-B", BUILD, "-G", "Ninja",
          f"-DPython_EXECUTABLE={sys.executable}",
          f"-DQTOOLKIT_LIBRARY={Path(qt.__file__).parent / 'libqtoolkit_ops.so'}"],
-        ["cmake", "--build", BUILD],
+        [CMAKE, "--build", BUILD],
     ]  # fmt: skip
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -83,11 +85,23 @@ def test_classes_equal_python(program, exported):
     assert re.search(r"latency: median [\d.]+ ms of 20 runs, batch 6, 1 threads", done.stdout)
 
 
-def test_no_python_is_linked(program):
-    libraries = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+@pytest.fixture(scope="module")
+def libraries(program) -> str:
+    return subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_no_python_is_linked(libraries):
     assert "libqtoolkit_ops.so" in libraries
     assert "not found" not in libraries
     assert "libpython" not in libraries
+
+
+def test_openmp_runtime_is_that_of_pytorch(libraries):
+    folder = Path(torch.__file__).parent
+    if not [*folder.glob("lib/libgomp*"), *folder.glob("../torch.libs/libgomp*")]:
+        pytest.skip("this PyTorch brings no libgomp")
+    found = re.findall(r"lib(?:g|i)?omp\S* => (\S+)", libraries)
+    assert [Path(f).resolve().is_relative_to(folder.parent) for f in found] == [True]
 
 
 def test_other_outputs_are_noticed(program, exported, tmp_path):

@@ -15,11 +15,25 @@ ROOT = Path(__file__).resolve().parents[2]
 CPP_LAYERS = [{"core"}, {"kernels"}, {"ops"}, {"autograd", "engine"}, {"bindings"}]
 # Which folders may include headers whose path starts so; all others may not.
 CPP_OUTSIDE = {
-    ("torch/", "ATen/", "c10/"): {"ops", "autograd", "engine", "bindings"},
-    ("pybind11/", "Python.h", "torch/extension.h", "torch/python.h", "torch/csrc/utils/pybind.h"): {
+    r"torch/|ATen/|c10/": {"ops", "autograd", "engine", "bindings"},
+    r"pybind11/|Python\.h|torch/(extension|python)\.h|torch/csrc/.*(python|pybind|pyobject|THP)": {
         "bindings"
     },
 }
+# core/ and kernels/ include nothing else from outside.
+CPP_STANDARD_ONLY = {"core", "kernels"}
+CPP_STANDARD = """
+    algorithm any array atomic barrier bit bitset cassert cctype cerrno cfenv cfloat charconv
+    chrono cinttypes climits clocale cmath codecvt compare complex concepts condition_variable
+    coroutine csetjmp csignal cstdarg cstddef cstdint cstdio cstdlib cstring ctime cuchar cwchar
+    cwctype deque exception execution filesystem format forward_list fstream functional future
+    initializer_list iomanip ios iosfwd iostream istream iterator latch limits list locale map
+    memory memory_resource mutex new numbers numeric optional ostream queue random ranges ratio
+    regex scoped_allocator semaphore set shared_mutex source_location span sstream stack
+    stdexcept stop_token streambuf string string_view strstream syncstream system_error thread
+    tuple type_traits typeindex typeinfo unordered_map unordered_set utility valarray variant
+    vector version immintrin.h arm_neon.h
+"""
 
 # Modules of python/qtoolkit, from the lowest layer up; the longest name that fits a module counts.
 PYTHON_LAYERS = [
@@ -36,6 +50,9 @@ PYTHON_LAYERS = [
 MAY_NAME_TORCH_OPS = {"ops", "_library"}
 
 
+INCLUDE = re.compile(r"^\s*#\s*include\s*(\S+)", re.MULTILINE)
+
+
 def rank_of(layers: list[set[str]], name: str) -> int | None:
     return next((rank for rank, layer in enumerate(layers) if name in layer), None)
 
@@ -50,12 +67,21 @@ def cpp_violations(csrc: Path) -> Iterator[str]:
         if rank is None:
             yield f"{where}: {folder}/ is in no layer"
             continue
-        for header in re.findall(r'^\s*#\s*include\s*["<]([^">]+)', path.read_text(), re.MULTILINE):
+        for included in INCLUDE.findall(path.read_text()):
+            header = re.sub(r"""^["<]|[">].*""", "", included)
+            if header == included or header.startswith("/") or ".." in header.split("/"):
+                yield f"{where} includes {included}; name it from csrc/ down"
+                continue
+            if included.startswith('"') and (path.parent / header).is_file():
+                header = f"{path.parent.relative_to(csrc).as_posix()}/{header}"
             target = rank_of(CPP_LAYERS, header.split("/")[0])
             if target is not None and target > rank:
                 yield f"{where} includes {header}"
-            for prefixes, folders in CPP_OUTSIDE.items():
-                if header.startswith(prefixes) and folder not in folders:
+            standard = header in CPP_STANDARD.split()
+            if target is None and folder in CPP_STANDARD_ONLY and not standard:
+                yield f"{where} includes {header}, which is not of the C++ standard library"
+            for prefix, folders in CPP_OUTSIDE.items():
+                if re.match(prefix, header) and folder not in folders:
                     yield f"{where} includes {header}"
 
 
@@ -78,45 +104,93 @@ def without_type_checking(tree: ast.Module) -> Iterator[ast.AST]:
         pending.extend(ast.iter_child_nodes(node))
 
 
-def imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
-    """Dotted names inside qtoolkit; `package` is where relative imports start."""
-    for node in without_type_checking(tree):
-        names: list[str] = []
+class Names:
+    """What the names in a module stand for, as dotted paths from the outermost package."""
+
+    def __init__(self, tree: ast.Module, package: str):
+        self.package = package  # where relative imports start
+        self.bound: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.asname:
+                        self.bound[alias.asname] = alias.name
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    self.bound[alias.asname or alias.name] = f"{self.base(node)}.{alias.name}"
+
+    def absolute(self, name: str, package: str) -> str:
+        """A name with leading dots, seen from a package."""
+        level = len(name) - len(name.lstrip("."))
+        if not level:
+            return name
+        parts = package.split(".")
+        return ".".join([*parts[: len(parts) - level + 1], *filter(None, [name[level:]])])
+
+    def base(self, node: ast.ImportFrom) -> str:
+        return self.absolute("." * node.level + (node.module or ""), self.package)
+
+    def path(self, node: ast.AST) -> str | None:
+        """The path that a name, an attribute or getattr(x, "y") stands for."""
+        if isinstance(node, ast.Name):
+            return self.bound.get(node.id, node.id)
+        if isinstance(node, ast.Attribute):
+            holder = self.path(node.value)
+            return holder and f"{holder}.{node.attr}"
+        if isinstance(node, ast.Call) and self.path(node.func) == "getattr":
+            holder, name = self.path(node.args[0]), node.args[1]
+            if holder and isinstance(name, ast.Constant):
+                return f"{holder}.{name.value}"
+        return None
+
+    def imported(self, node: ast.AST) -> list[str]:
+        """The modules, or names in modules, that a statement or a call imports."""
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")
-                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [base])])
-            # In `from qtoolkit import ops` the name is the module, elsewhere a name in it or below.
-            names = [f"{base}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name == "qtoolkit" or name.startswith("qtoolkit."):
-                yield name.removeprefix("qtoolkit").removeprefix(".")
+            return [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            # In `from qtoolkit import ops` the name is the module, elsewhere one in it or below.
+            return [f"{self.base(node)}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Call) and self.path(node.func) in IMPORTING_FUNCTIONS:
+            name, *rest = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if not isinstance(name, ast.Constant):
+                return [COMPUTED]
+            known = rest and isinstance(rest[0], ast.Constant)
+            return [self.absolute(name.value, rest[0].value if known else self.package)]
+        return []
+
+
+IMPORTING_FUNCTIONS = {"importlib.import_module", "importlib.__import__", "__import__"}
+COMPUTED = "a module whose name is computed"
+
+
+def is_torch_ops(path: str | None) -> bool:
+    return re.match(r"torch\._?ops(\.|$)", path or "") is not None
 
 
 def python_violations(package: Path) -> Iterator[str]:
     for path in sorted(package.rglob("*.py")):
         where = path.relative_to(package)
         parts = where.with_suffix("").parts
-        holder = ".".join(["qtoolkit", *parts[:-1]])
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         rank = module_rank(module)
         if rank is None:
             yield f"{where}: qtoolkit.{module} is in no layer"
             continue
         tree = ast.parse(path.read_text())
-        for target in imported_modules(tree, holder):
-            target_rank = module_rank(target)
-            if target_rank is None:  # a name that the package itself defines
-                target_rank = module_rank("")
-            if target_rank > rank:
-                yield f"{where} imports qtoolkit.{target}"
-        if module not in MAY_NAME_TORCH_OPS:
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.ops":
-                    yield f"{where}:{node.lineno} uses torch.ops; call qtoolkit.ops"
+        names = Names(tree, ".".join(["qtoolkit", *parts[:-1]]))
+        for node in without_type_checking(tree):
+            for target in names.imported(node):
+                inside, _, rest = target.partition(".")
+                target_rank = module_rank(rest)
+                if target_rank is None:  # a name that the package itself defines
+                    target_rank = module_rank("")
+                if target == COMPUTED or (inside == "qtoolkit" and target_rank > rank):
+                    yield f"{where}:{node.lineno} imports {target}"
+                if is_torch_ops(target) and module not in MAY_NAME_TORCH_OPS:
+                    yield f"{where}:{node.lineno} imports {target}; call qtoolkit.ops"
+            is_name = isinstance(node, ast.Attribute | ast.Call)
+            if is_name and is_torch_ops(names.path(node)) and module not in MAY_NAME_TORCH_OPS:
+                yield f"{where}:{node.lineno} uses torch.ops; call qtoolkit.ops"
 
 
 def test_cpp_includes_point_down():
@@ -149,11 +223,32 @@ def plant(folder: Path, file: str, text: str) -> None:
         ("ops/a.cpp", "<torch/extension.h>", False),
         ("autograd/a.cpp", "<pybind11/pybind11.h>", False),
         ("utils/a.cpp", "<vector>", False),
+        ("core/a.h", "<immintrin.h>", True),
+        ("ops/a.cpp", "<torch/csrc/autograd/custom_function.h>", True),
+        ("bindings/a.cpp", "<torch/csrc/utils/pybind.h>", True),
+        ("kernels/a.cpp", '"../ops/checks.h"', False),
+        ("ops/a.cpp", '"../core/formats.h"', False),
+        ("kernels/a.cpp", '"core/../ops/checks.h"', False),
+        ("kernels/a.cpp", '"/usr/include/torch/library.h"', False),
+        ("kernels/a.cpp", "HEADER", False),
+        ("core/a.cpp", "<omp.h>", False),
+        ("kernels/a.cpp", "<cuda_runtime.h>", False),
+        ("kernels/a.cpp", '"gtest/gtest.h"', False),
+        ("ops/a.cpp", "<torch/csrc/autograd/python_variable.h>", False),
+        ("ops/a.cpp", "<torch/csrc/utils/pybind.h>", False),
+        ("autograd/a.cpp", "<torch/csrc/python_headers.h>", False),
     ],
 )
 def test_cpp_violations_are_found(tmp_path, file, include, allowed):
     plant(tmp_path, file, f"#include <vector>\n#include {include}\n")
     assert (list(cpp_violations(tmp_path)) == []) == allowed
+
+
+def test_header_beside_the_file_may_be_included(tmp_path):
+    plant(tmp_path, "kernels/cpu/a.cpp", '#include "own.h"\n')
+    assert list(cpp_violations(tmp_path)) != []
+    (tmp_path / "kernels/cpu/own.h").write_text("#pragma once\n")
+    assert list(cpp_violations(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -174,6 +269,23 @@ def test_cpp_violations_are_found(tmp_path, file, include, allowed):
         ("qconfig.py", "def f():\n    from qtoolkit import fake_quantize", False),
         ("graph/lower.py", "import torch\nx = torch.ops.qtoolkit.add", False),
         ("helpers/text.py", "import re", False),
+        ("graph/lower.py", "from torch.nn import functional as ops\nops.relu", True),
+        ("graph/lower.py", "import qtoolkit.ops as ops\nops.add", True),
+        ("graph/lower.py", "from torch import ops", False),
+        ("graph/lower.py", "from torch._ops import OpOverload", False),
+        ("graph/lower.py", "import torch._ops", False),
+        ("graph/lower.py", "import torch\nx = torch._ops.ops.qtoolkit", False),
+        ("graph/lower.py", "import torch as t\nx = t.ops.qtoolkit", False),
+        ("graph/lower.py", "import torch\nx = getattr(torch, 'ops')", False),
+        ("graph/lower.py", "import torch\nx = getattr(torch, '_ops').ops", False),
+        ("graph/lower.py", "import importlib\nimportlib.import_module('torch._ops')", False),
+        ("graph/lower.py", "import importlib\nimportlib.import_module('qtoolkit.nn')", True),
+        ("nn/conv.py", "import importlib\nimportlib.import_module('qtoolkit.graph')", False),
+        ("nn/conv.py", "from importlib import import_module as f\nf('qtoolkit.graph')", False),
+        ("nn/conv.py", "import importlib\nimportlib.import_module('..graph', __package__)", False),
+        ("nn/conv.py", "import importlib\nimportlib.import_module('.graph', 'qtoolkit')", False),
+        ("nn/conv.py", "import importlib\nimportlib.import_module('qtoolkit.' + name)", False),
+        ("nn/conv.py", "__import__('qtoolkit.workflow')", False),
     ],
 )  # fmt: skip
 def test_python_violations_are_found(tmp_path, file, line, allowed):

@@ -143,6 +143,32 @@ def test_any_memory_layout_gives_the_same(layout):
         assert torch.equal(ops.conv2d(**case), expected)
 
 
+@pytest.mark.parametrize("x_dtype", [torch.uint8, torch.int8], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 2, 1), (4, 4, 0)])
+def test_few_planes_are_read_in_both_layouts(channels, kernel, stride, padding, x_dtype):
+    case = make_case("3x3", x_dtype, stride=[stride] * 2, padding=[padding] * 2)
+    case["weight"] = case["weight"].repeat(1, 1, 2, 2)[:, :channels, :kernel, :kernel]
+    case["x"] = random_codes((3, channels, 9, 12), x_dtype)
+    y = check(case)
+    case["x"] = case["x"].to(memory_format=torch.channels_last)
+    assert torch.equal(ops.conv2d(**case), y)
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_a_large_image_leaves_no_memory_behind():
+    case = make_case("1x1", stride=[64, 64], padding=[1, 1])
+    x = torch.zeros(1, 32, 2048, 2048, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    ops.conv2d(**case)
+    before = resident_bytes()
+    ops.conv2d(**{**case, "x": x})
+    assert resident_bytes() < before + x.numel() // 4
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("geometry", ["3x3", "1x1", "depthwise"])

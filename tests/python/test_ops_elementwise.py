@@ -75,6 +75,17 @@ def _swapped(a, b):
     return b, scale(0.05), zero_of(U8), a, scale(0.03), zero_of(U8)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_add_broadcasts_channels_last_to_more_dimensions(swap):
+    a = random_codes((2, 1, 1, 1, 1), U8, 1)
+    b = random_codes((3, 4, 5, 6), U8, 2).to(memory_format=torch.channels_last)
+    if swap:
+        a, b = b, a
+    y = run_add(a, b)
+    assert torch.equal(y, expected_add(a, b, U8, False))
+    assert y.is_contiguous()
+
+
 def test_add_keeps_channels_last_and_takes_mixed_layouts():
     a, b = random_codes((2, 3, 5, 7), U8, 1), random_codes((2, 3, 5, 7), U8, 2)
     last = a.to(memory_format=torch.channels_last)

@@ -118,7 +118,7 @@ BAD = [
     ("fake_quantize_per_tensor", {"x": F32.double()}, TypeError, "convert it with .float()"),
     ("fake_quantize_per_tensor", {"scale": -0.5}, ValueError, "scale must be positive"),
     ("fake_quantize_per_tensor", {"zero_point": 300}, ValueError, "lie in [0, 255], got 300"),
-    ("fake_quantize_per_channel", {"x": F32[0, 0, 0, 0]}, ValueError, "ch_axis"),
+    ("fake_quantize_per_channel", {"x": F32[0, 0, 0, 0]}, ValueError, "x has no dimensions"),
     ("dequantize_per_tensor", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
     ("dequantize_per_tensor", {"x": U8.int()}, TypeError, "got int32"),
     ("dequantize_per_tensor", {"zero_point": zero_point(-4)}, ValueError, "lie in [0, 255]"),
@@ -161,6 +161,13 @@ BAD = [
     ("conv2d", {"padding": [-1, 0]}, ValueError, "padding must be two numbers in [0"),
     ("conv2d", {"padding": [2**40, 0]}, ValueError, "padding must be two numbers"),
     ("conv2d", {"padding": [2**31 - 1] * 2, "stride": [2**30] * 2}, ValueError, "too large"),
+    ("conv2d", {"padding": [2**20] * 2, "stride": [2**20] * 2}, ValueError, "check the padding"),
+    (
+        "conv2d",
+        {"bias": torch.tensor([0] * 7 + [2**31 - 1] + [0] * 24).int()},
+        ValueError,
+        "2147483647 of output channel 7",
+    ),
     ("conv2d", {"dilation": [0, 1]}, ValueError, "dilation must be two numbers"),
     ("conv2d", {"dilation": [6, 1]}, ValueError, "larger than the padded input's 11"),
     ("conv2d", {"y_scale": None}, ValueError, "give both y_scale and y_zero_point"),
@@ -205,6 +212,8 @@ BAD = [
     ("batch_norm", {"x": U8[0]}, ValueError, "[N, C] or [N, C, H, W]"),
     ("batch_norm", {"weight": torch.ones(4)}, ValueError, "weight must hold one element for each"),
     ("batch_norm", {"bias": torch.full((3,), math.nan)}, ValueError, "must be finite"),
+    ("batch_norm", {"bias": torch.full((3,), 1e38), "y_scale": S * 0.1}, ValueError, "bias / y_sc"),
+    ("batch_norm", {"weight": torch.full((3,), 3e38), "x_scale": S * 100}, ValueError, "* weight"),
     ("max_pool2d", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
     ("max_pool2d", {"x": U8[0]}, ValueError, "x must have 4 dimensions"),
     ("max_pool2d", {"kernel_size": [9, 9]}, ValueError, "larger than the padded input's 8"),
@@ -241,6 +250,19 @@ def test_bad_arguments_are_named(operator, change, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         getattr(ops, operator)(**{**GOOD[operator], **change})
     assert f"qtoolkit::{operator}" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR tensor")
+@pytest.mark.parametrize("operator", GOOD)
+def test_sparse_and_nested_tensors_are_refused(operator):
+    first = next(iter(GOOD[operator]))
+    value = GOOD[operator][first]
+    x = value[0] if operator == "cat" else value
+    nested = torch.nested.nested_tensor([x[0].float(), x[0].float()])
+    for bad in (x.to_sparse(), x[0, 0].to_sparse_csr() if x.dim() > 2 else x.to_sparse(), nested):
+        change = {first: [bad, bad] if operator == "cat" else bad}
+        with pytest.raises(TypeError, match=rf"qtoolkit::{operator}: .* takes dense tensors"):
+            getattr(ops, operator)(**{**GOOD[operator], **change})
 
 
 def test_an_unknown_kernel_path_lists_the_known():

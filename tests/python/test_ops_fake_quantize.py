@@ -206,3 +206,20 @@ def test_it_compiles_forward_and_backward(dynamic):
         y.sum().backward()
         expected.sum().backward()
         assert torch.equal(x.grad, eager.grad)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_only_x_makes_the_result_require_a_gradient(per_channel):
+    s = torch.tensor([0.1, 0.2] if per_channel else 0.1, requires_grad=True)
+    z = torch.zeros_like(s, dtype=torch.int32)
+    axis = (1,) if per_channel else ()
+    name = f"fake_quantize_per_{'channel' if per_channel else 'tensor'}"
+    x = values((3, 2))
+    assert not getattr(ops, name)(x, s, z, *axis, 0, 255).requires_grad
+    backward = getattr(torch.ops.qtoolkit, f"{name}_backward")
+    leaf = x.clone().requires_grad_()
+    assert not backward(torch.ones(3, 2), leaf, s, z, *axis, 0, 255).requires_grad
+    y = getattr(ops, name)(leaf, s, z, *axis, 0, 255)
+    y.sum().backward()
+    assert torch.equal(leaf.grad, (x > 0).float())
+    assert s.grad is None

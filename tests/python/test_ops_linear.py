@@ -84,3 +84,17 @@ def test_a_transposed_input_and_weight_are_read_right():
 def test_one_row_of_large_extent_uses_all_codes():
     case = make_case((3,), 25088, 16, bias=None)
     assert torch.equal(ops.linear(**case), expected(case))
+
+
+def test_the_largest_bias_that_fits_is_exact():
+    case = make_case((2,), 4, 1, weight=torch.tensor([[127, -1, 0, -128]]).to(torch.int8))
+    most = 2**31 - 1 - 255 * 256
+    case.update(y_scale=None, y_zero_point=None, weight_scale=torch.tensor([0.01]))
+    case["x"] = torch.tensor([[255, 0, 0, 0], [0, 255, 255, 255]], dtype=torch.uint8)
+    for zp in (0, 255):
+        for bias in (most, -most - 1):
+            case.update(x_zero_point=zero_point(zp), bias=torch.tensor([bias]).int())
+            assert torch.equal(ops.linear(**case), expected(case))
+    for bias in (most + 1, -most - 2):
+        with pytest.raises(ValueError, match="output channel 0"):
+            ops.linear(**{**case, "bias": torch.tensor([bias]).int()})

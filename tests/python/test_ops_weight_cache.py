@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,21 @@ from test_ops_conv2d import GEOMETRIES, check, make_case
 from test_ops_linear import expected as expected_linear
 from test_ops_linear import make_case as make_linear_case
 
-from qtoolkit import ops
+from qtoolkit import _C, ops
+
+ALIVE = make_case("1x1")
+
+
+def settled():
+    """The cache's state without what tests before left: a call that packs releases it."""
+    gc.collect()
+    ALIVE["weight"] = ALIVE["weight"].clone()
+    check(ALIVE)
+    return _C.weight_cache_state()
+
+
+def packings():
+    return _C.weight_cache_state()["packings"]
 
 
 @pytest.mark.parametrize("geometry", ["3x3", "depthwise"])
@@ -71,24 +86,115 @@ def test_copies_are_tensors_of_their_own():
     check(case)
 
 
-def test_dead_weights_leave_nothing_behind():
-    for seed in range(60):
+def test_new_contents_of_a_sparse_view_are_seen():
+    case = make_case("3x3")
+    wide = case["weight"].repeat_interleave(2, 1)
+    case["weight"] = wide[:, ::2]
+    for change in (
+        lambda: wide.data.copy_(wide.flip(0)),
+        lambda: case["weight"].numpy().fill(3),
+        lambda: case["weight"].data.fill_(-2),
+    ):
+        check(case)
+        change()
+    check(case)
+
+
+def test_an_alias_that_counts_its_own_versions_is_seen():
+    case = make_case("3x3")
+    weight = case["weight"]
+    check(case)
+    weight[0, 0, 1, 1] ^= 64
+    case["weight"] = weight.data  # version 0, as the weight had before
+    check(case)
+    case["weight"].data[0, 1, 1, 0] ^= 64
+    case["weight"] = case["weight"].data.clone()
+    check(case)
+
+
+def test_what_dead_weights_left_is_released_by_later_calls():
+    before = settled()
+    cases = [make_case("3x3") for _ in range(9)]
+    for case in cases:
+        check(case)
+    full = _C.weight_cache_state()
+    assert full["packed_weights"] == before["packed_weights"] + 9
+    del case, cases
+    gc.collect()
+    for _ in range(64 + full["packed_weights"]):
+        ops.conv2d(**ALIVE)
+    assert _C.weight_cache_state() == {**before, "packings": full["packings"]}
+
+
+def test_a_call_that_packs_releases_what_dead_weights_left():
+    before = settled()
+    for seed in range(20):
         case = make_case("1x1")
         case["weight"] = case["weight"].roll(seed, 0).clone()
-        case["bias"] = case["bias"].roll(seed, 0).clone()
         check(case)
         del case
         gc.collect(0)
+    assert _C.weight_cache_state()["packed_weights"] <= before["packed_weights"] + 1
+    assert packings() == before["packings"] + 20
 
 
 def test_one_weight_serves_many_settings():
     case = make_case("1x1")
-    for zp in (0, 1, 2, 3, 4, 5, 6, 0, 1, 2):
+    before = packings()
+    for zp in [*range(20), 0, 1, 19]:
         case["x_zero_point"] = zero_point(zp)
         check(case)
     for bias in (None, case["bias"], case["bias"] + 1, None):
         case["bias"] = bias
         check(case)
+    assert packings() == before + 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_views_share_the_packed_weight(inference):
+    with torch.inference_mode(inference):
+        case = make_case("3x3")
+        weight = case["weight"]
+        check(case)
+        before = packings()
+        for view in (weight.view_as(weight), weight.detach(), weight[:]):
+            case["weight"] = view
+            check(case)
+        assert packings() == before
+        weight.neg_()
+        case["weight"] = weight.detach()
+        check(case)
+
+
+def test_many_views_of_one_weight_keep_a_bounded_amount():
+    case = make_linear_case(oc=40)
+    wide = case["weight"].repeat(8, 1)
+    before = settled()
+    for first in range(0, 280, 5):
+        case["weight"] = wide[first : first + 40]
+        assert torch.equal(ops.linear(**case), expected_linear(case))
+    kept = _C.weight_cache_state()["packed_weights"] - before["packed_weights"]
+    assert 8 <= kept <= 32
+
+
+def test_first_calls_at_once_leave_one_packed_weight():
+    weights = [torch.full((256, 256, 3, 3), i, dtype=torch.int8) for i in range(12)]
+    case = make_case("3x3", x=torch.zeros(1, 256, 3, 3, dtype=torch.uint8), bias=None)
+    case["weight_scale"] = torch.tensor([0.01])
+    before = settled()
+    barrier = threading.Barrier(4)
+
+    def work(_):
+        for weight in weights:
+            barrier.wait()
+            ops.conv2d(**{**case, "weight": weight})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    after = _C.weight_cache_state()
+    assert after["packed_weights"] == before["packed_weights"] + len(weights)
+    assert after["packed_bytes"] == before["packed_bytes"] + len(weights) * 256 * 256 * 9
+    assert after["channel_terms"] == before["channel_terms"] + len(weights)
 
 
 def test_one_weight_serves_other_geometries():

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "kernels/conv2d_input.h"
 #include "kernels/cpu/conv2d_output_avx2.h"
 #include "kernels/kernels.h"
 
@@ -75,10 +76,7 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
 
     const uint8_t* x[kTilePixels];
     for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t row = (first_pixel + p) / s.out_width;
-      const int64_t column = (first_pixel + p) % s.out_width;
-      x[p] = args.x + row * s.stride_height * args.x_row_stride +
-             column * s.stride_width * args.x_pixel_stride + group * s.in_channels;
+      x[p] = conv2d_input(args, first_pixel + p) + group * s.in_channels;
     }
     for (int octet = 0; octet < kOctets && octet * kLanes < channels; ++octet) {
       const int64_t lane = octet * kLanes;

@@ -1,16 +1,23 @@
 #include <immintrin.h>
 
+#include <array>
+#include <utility>
+
+#include "kernels/conv2d_input.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::avx512vnni {
 namespace {
 
 constexpr int kLanes = 16;  // int32 in a register
-static_assert(kChannelBlock == 2 * kLanes && kTilePixels == 7);
+static_assert(kChannelBlock == 2 * kLanes);
+// Two tiles at once, where there are two: 28 accumulators, two weights and an activation.
+constexpr int kMostPixels = 2 * static_cast<int>(kTilePixels);
+static_assert(kMostPixels == 14);
 
-// One block of channels at up to twice kTilePixels pixels.
+// One block of channels at up to kMostPixels pixels.
 struct Tile {
-  const uint8_t* x[2 * kTilePixels];  // first tap of each pixel
+  const uint8_t* x[kMostPixels];  // first tap of each pixel
   const int8_t* w;
   const int32_t* offset;
   const float* multiplier;
@@ -24,43 +31,52 @@ inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i x, __m512i 
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
 
-// acc[pixel][kVectors * kLanes] in memory: the fourteen accumulators, the activation and the two
-// weights stay in registers through the loop, and the epilogue is one loop over pixels.
+// The quad of bytes at x + at in every lane. Written out because GCC 12 would rather advance one
+// pointer per pixel, and fourteen do not fit the registers; so those that do not are loaded for
+// every quad, which costs nothing that could be measured. The last operand only tells the compiler
+// that memory is read.
+inline __attribute__((always_inline)) __m512i quad_at(const uint8_t* x, int64_t at) {
+  __m512i quad;
+  asm("vpbroadcastd (%1, %2), %0"
+      : "=v"(quad)
+      : "r"(x), "r"(at), "m"(*reinterpret_cast<const char(*)[1 << 20]>(x)));
+  return quad;
+}
+
+// result[pixel][kVectors * kLanes] in memory: the accumulators, the activation and the weights stay
+// in registers through the loop, and the epilogue is one loop over pixels. On ResNet-18's 3x3
+// layers fourteen pixels at once measured 90 to 96 % of the peak, seven 83 to 92 %.
 template <int kPixels, int kVectors>
 void accumulate(const Conv2dArgs& args, const Tile& tile, int32_t* result) {
   const Conv2dShape& s = args.shape;
   __m512i acc[kPixels][kVectors];
-#pragma GCC unroll 7
+#pragma GCC unroll 14
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) acc[p][v] = _mm512_loadu_si512(tile.offset + v * kLanes);
   }
   const int64_t runs = s.runs_per_row();
-  const int64_t run_bytes = s.run_quads() * 4;
+  const int64_t quads = s.run_quads();
   const int8_t* w = tile.w;
   for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
     for (int64_t run = 0; run < runs; ++run) {
-      const int64_t first =
+      int64_t at =
           ky * s.dilation_height * args.x_row_stride + run * s.dilation_width * args.x_pixel_stride;
-      const uint8_t* x[kPixels];
-#pragma GCC unroll 7
-      for (int p = 0; p < kPixels; ++p) x[p] = tile.x[p] + first;
-      for (int64_t i = 0; i < run_bytes; i += 4, w += 4 * kChannelBlock) {
+      const int8_t* const end = w + quads * 4 * kChannelBlock;
+      for (; w != end; w += 4 * kChannelBlock, at += 4) {
         __m512i weight[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
-#pragma GCC unroll 7
+#pragma GCC unroll 14
         for (int p = 0; p < kPixels; ++p) {
-          int32_t quad;
-          __builtin_memcpy(&quad, x[p] + i, 4);
-          const __m512i activation = _mm512_set1_epi32(quad);
+          const __m512i quad = quad_at(tile.x[p], at);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) dot(acc[p][v], activation, weight[v]);
+          for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
         }
       }
     }
   }
-#pragma GCC unroll 7
+#pragma GCC unroll 14
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
@@ -69,90 +85,15 @@ void accumulate(const Conv2dArgs& args, const Tile& tile, int32_t* result) {
   }
 }
 
-// The quad of bytes at x + step * kScale in every lane. Written out because GCC 12 would rather
-// keep one pointer per pixel, and fourteen do not fit the registers. The last operand only tells
-// the compiler that memory is read.
-template <int kScale>
-inline __attribute__((always_inline)) __m512i quad_at(const uint8_t* x, int64_t step) {
-  __m512i quad;
-  asm("vpbroadcastd (%1, %2, %c3), %0"
-      : "=v"(quad)
-      : "r"(x), "r"(step), "i"(kScale), "m"(*reinterpret_cast<const char(*)[1 << 20]>(x)));
-  return quad;
-}
-
-// Seven pixels, `step` bytes apart, times one quad of weights.
-template <int kVectors>
-inline __attribute__((always_inline)) void dot_seven(__m512i (&acc)[kTilePixels][kVectors],
-                                                     const uint8_t* x, int64_t step, int64_t step3,
-                                                     int64_t step5,
-                                                     const __m512i (&weight)[kVectors]) {
-#pragma GCC unroll 7
-  for (int p = 0; p < kTilePixels; ++p) {
-    const __m512i quad = p == 0   ? quad_at<1>(x, 0)
-                         : p == 1 ? quad_at<1>(x, step)
-                         : p == 2 ? quad_at<2>(x, step)
-                         : p == 3 ? quad_at<1>(x, step3)
-                         : p == 4 ? quad_at<4>(x, step)
-                         : p == 5 ? quad_at<1>(x, step5)
-                                  : quad_at<2>(x, step3);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
-  }
-}
-
-// Two tiles at once, each of seven pixels in one row: half the weights to load, half the turns of
-// the outer loops, and more independent sums than the latency needs. On ResNet-18's 3x3 layers this
-// measured 90 to 96 % of the peak, one tile at a time 83 to 92 %.
-template <int kVectors>
-void accumulate_two(const Conv2dArgs& args, const Tile& tile, int32_t* result) {
-  const Conv2dShape& s = args.shape;
-  __m512i acc[2][kTilePixels][kVectors];
-#pragma GCC unroll 14
-  for (int p = 0; p < 2 * kTilePixels; ++p) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      acc[p / kTilePixels][p % kTilePixels][v] = _mm512_loadu_si512(tile.offset + v * kLanes);
-    }
-  }
-  const int64_t step = s.stride_width * args.x_pixel_stride;
-  const int64_t step3 = 3 * step, step5 = 5 * step;
-  const int64_t runs = s.runs_per_row();
-  const int64_t quads = s.run_quads();
-  const int8_t* w = tile.w;
-  for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t first =
-          ky * s.dilation_height * args.x_row_stride + run * s.dilation_width * args.x_pixel_stride;
-      const uint8_t* x = tile.x[0] + first;
-      const uint8_t* second = tile.x[kTilePixels] + first;
-      const int8_t* const end = w + quads * 4 * kChannelBlock;
-      for (; w != end; w += 4 * kChannelBlock, x += 4, second += 4) {
-        __m512i weight[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
-        dot_seven<kVectors>(acc[0], x, step, step3, step5, weight);
-        dot_seven<kVectors>(acc[1], second, step, step3, step5, weight);
-      }
-    }
-  }
-#pragma GCC unroll 14
-  for (int p = 0; p < 2 * kTilePixels; ++p) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      _mm512_storeu_si512(result + p * kChannelBlock + v * kLanes,
-                          acc[p / kTilePixels][p % kTilePixels][v]);
-    }
-  }
-}
-
 using Accumulate = void(const Conv2dArgs&, const Tile&, int32_t*);
-constexpr Accumulate* kAccumulate[kTilePixels][2] = {
-    {accumulate<1, 1>, accumulate<1, 2>}, {accumulate<2, 1>, accumulate<2, 2>},
-    {accumulate<3, 1>, accumulate<3, 2>}, {accumulate<4, 1>, accumulate<4, 2>},
-    {accumulate<5, 1>, accumulate<5, 2>}, {accumulate<6, 1>, accumulate<6, 2>},
-    {accumulate<7, 1>, accumulate<7, 2>},
-};
+// [pixels - 1]
+template <int kVectors, int... kIndices>
+constexpr std::array<Accumulate*, kMostPixels> all_accumulate(
+    std::integer_sequence<int, kIndices...>) {
+  return {accumulate<kIndices + 1, kVectors>...};
+}
+constexpr auto kAccumulateOne = all_accumulate<1>(std::make_integer_sequence<int, kMostPixels>());
+constexpr auto kAccumulateTwo = all_accumulate<2>(std::make_integer_sequence<int, kMostPixels>());
 
 // How a block's accumulators become outputs. A signed code is computed 128 higher and flipped at
 // the end.
@@ -273,6 +214,58 @@ Store* store_of(const Conv2dArgs& args, const Rule& rule) {
   return nan ? store_codes<true, true> : store_codes<true, false>;
 }
 
+// An output pixel and its input, without divisions from one to the next: between tiles their
+// latency would show.
+class Cursor {
+ public:
+  Cursor(const Conv2dArgs& args, int64_t pixel, int64_t group)
+      : width_(args.shape.out_width),
+        height_(args.shape.out_height),
+        step_(args.shape.stride_width * args.x_pixel_stride),
+        row_step_(args.shape.stride_height * args.x_row_stride),
+        image_step_(args.x_image_stride - height_ * row_step_),
+        column_(pixel % width_),
+        line_(pixel / width_ % height_),
+        x_(conv2d_input(args, pixel) + group * args.shape.in_channels),
+        row_(x_ - column_ * step_) {}
+
+  // Writes the pointers of the next `count` pixels. Loops of fixed length and conditional moves:
+  // with runs as long as the row allows, mispredicted branches took up to a tenth of the time of
+  // layers with few taps.
+  void take(int count, const uint8_t** x) {
+    while (count > 0) {
+      int taken = 1;
+      x[0] = x_;
+      if (count >= kTilePixels && width_ - column_ >= kTilePixels) {
+        taken = kTilePixels;
+        for (int p = 1; p < kTilePixels; ++p) x[p] = x_ + p * step_;
+      }
+      x += taken;
+      count -= taken;
+      advance(taken);
+    }
+  }
+
+ private:
+  // By pixels of one row.
+  void advance(int pixels) {
+    column_ += pixels;
+    const bool row_ends = column_ == width_;
+    column_ = row_ends ? 0 : column_;
+    line_ += row_ends;
+    row_ = row_ends ? row_ + row_step_ : row_;
+    const bool image_ends = line_ == height_;
+    line_ = image_ends ? 0 : line_;
+    row_ = image_ends ? row_ + image_step_ : row_;
+    x_ = row_ends ? row_ : x_ + pixels * step_;
+  }
+
+  int64_t width_, height_, step_, row_step_;
+  int64_t image_step_;  // from the end of an image's last row to the next image
+  int64_t column_, line_;
+  const uint8_t *x_, *row_;
+};
+
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
@@ -281,11 +274,7 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
   const int64_t pixels = s.pixels();
   const int64_t block_bytes =
       s.kernel_height * s.runs_per_row() * s.run_quads() * 4 * kChannelBlock;
-  const int64_t step = s.stride_width * args.x_pixel_stride;
-  const int64_t row_step = s.stride_height * args.x_row_stride;
-  const bool whole_rows = s.out_width % kTilePixels == 0;
-  alignas(64) int32_t acc[2 * kTilePixels * kChannelBlock] = {};
-  // Divisions only at the start of a block: between tiles their latency would show.
+  alignas(64) int32_t acc[kMostPixels * kChannelBlock] = {};
   for (int64_t unit = begin; unit < end;) {
     const int64_t block = unit / tiles;  // over all groups
     const int64_t group = block / s.blocks_per_group();
@@ -303,28 +292,15 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
     Store* const store = store_of(args, rule);
 
     const int64_t block_end = (block + 1) * tiles < end ? (block + 1) * tiles : end;
-    int64_t column = tile.pixel % s.out_width;
-    const uint8_t* row = args.x + tile.pixel / s.out_width * row_step + group * s.in_channels;
-    const uint8_t* x = row + column * step;
+    Cursor cursor(args, tile.pixel, group);
     const bool wide = tile.channels > kLanes;
     while (unit < block_end) {
-      const bool two = whole_rows && unit + 1 < block_end;
+      const bool two = unit + 1 < block_end;
       const int64_t left = pixels - tile.pixel;
-      const int64_t most = two ? 2 * kTilePixels : kTilePixels;
+      const int64_t most = two ? kMostPixels : kTilePixels;
       const int count = static_cast<int>(left < most ? left : most);
-      for (int p = 0; p < most; ++p) {
-        tile.x[p] = x;
-        ++column;
-        const bool wrap = column == s.out_width;
-        row = wrap ? row + row_step : row;
-        x = wrap ? row : x + step;
-        column = wrap ? 0 : column;
-      }
-      if (two) {
-        (wide ? accumulate_two<2> : accumulate_two<1>)(args, tile, acc);
-      } else {
-        kAccumulate[count - 1][wide](args, tile, acc);
-      }
+      cursor.take(count, tile.x);
+      (wide ? kAccumulateTwo : kAccumulateOne)[count - 1](args, tile, acc);
       store(args, tile, rule, acc, count);
       unit += two ? 2 : 1;
       tile.pixel += most;

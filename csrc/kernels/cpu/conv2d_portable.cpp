@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/conv2d_input.h"
 #include "kernels/conv2d_output.h"
 #include "kernels/kernels.h"
 
@@ -33,9 +34,7 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
     const int64_t first_pixel = unit % tiles * kTilePixels;
     const int64_t last_pixel = std::min(first_pixel + kTilePixels, s.pixels());
     for (int64_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
-      const uint8_t* x = args.x + pixel / s.out_width * s.stride_height * args.x_row_stride +
-                         pixel % s.out_width * s.stride_width * args.x_pixel_stride +
-                         group * s.in_channels;
+      const uint8_t* x = conv2d_input(args, pixel) + group * s.in_channels;
       const int8_t* w = args.packed + block * s.kernel_height * runs * run_weights;
       int32_t acc[kChannelBlock];
       std::memcpy(acc, args.offset + block * kChannelBlock, sizeof(acc));

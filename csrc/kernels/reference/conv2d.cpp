@@ -8,7 +8,8 @@ namespace {
 
 int32_t accumulate(const Conv2dArgs& args, int64_t pixel, int64_t group, int64_t channel) {
   const Conv2dShape& s = args.shape;
-  const int64_t row = pixel / s.out_width * s.stride_height;
+  const int64_t image = pixel / (s.out_height * s.out_width);
+  const int64_t row = pixel / s.out_width % s.out_height * s.stride_height;
   const int64_t column = pixel % s.out_width * s.stride_width;
   const int8_t* w = args.weight + (group * s.out_channels + channel) * s.in_channels *
                                       s.kernel_height * s.kernel_width;
@@ -16,7 +17,8 @@ int32_t accumulate(const Conv2dArgs& args, int64_t pixel, int64_t group, int64_t
   for (int64_t i = 0; i < s.in_channels; ++i) {
     for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
       for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
-        const uint8_t code = args.x[(row + ky * s.dilation_height) * args.x_row_stride +
+        const uint8_t code = args.x[image * args.x_image_stride +
+                                    (row + ky * s.dilation_height) * args.x_row_stride +
                                     (column + kx * s.dilation_width) * args.x_pixel_stride +
                                     group * s.in_channels + i];
         sum = wrapping_add(sum, int32_t{code} * *w++);
