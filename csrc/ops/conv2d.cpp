@@ -1,6 +1,7 @@
 // Convolution of 8-bit codes, with bias, residual addition and ReLU fused.
 #include "kernels/conv2d.h"
 
+#include <ATen/ExpandUtils.h>
 #include <torch/library.h>
 
 #include <array>
@@ -75,9 +76,9 @@ Tensor conv2d_meta(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_
     check_codes(kOp, "residual", *residual);
     check_device(kOp, "residual", *residual, x);
     check_qparams(kOp, "residual_", *residual_scale, *residual_zero_point, x);
-    TORCH_CHECK_VALUE(residual->sym_sizes() == c10::SymIntArrayRef(sizes),
+    TORCH_CHECK_VALUE(at::is_expandable_to(residual->sym_sizes(), c10::SymIntArrayRef(sizes)),
                       "qtoolkit::conv2d: residual must have the output's shape ",
-                      c10::SymIntArrayRef(sizes), ", got ", describe(*residual));
+                      c10::SymIntArrayRef(sizes), " or broadcast to it, got ", describe(*residual));
   }
   return empty_beside(x, sizes, dtype, format);
 }
@@ -129,7 +130,7 @@ Tensor conv2d_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_p
 
   Tensor dense_residual;
   if (residual) {
-    dense_residual = residual->contiguous(at::MemoryFormat::ChannelsLast);
+    dense_residual = residual->expand(y.sizes()).contiguous(at::MemoryFormat::ChannelsLast);
     const CodeRange range = check_codes(kOp, "residual", *residual);
     const QParams qparams =
         read_qparams(kOp, "residual_", *residual_scale, *residual_zero_point, range);

@@ -417,3 +417,21 @@ def test_export_to_a_folder_or_no_name(tmp_path):
     for path in ("", tmp_path):
         with pytest.raises(IsADirectoryError, match="must name a file"):
             qt.export.torchscript(quantized, path, (data[0],))
+
+
+def test_an_addition_that_broadcasts_only_at_another_batch_size():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(x) + m.d(x[:1])
+
+    model = settle(module(forward, c=conv(), d=conv()), (4, 3, 16, 16))
+    model = nn.Sequential(model, nn.ReLU(), conv(8))
+    data = batches((1, 3, 16, 16))
+    quantized = quantize(model, data)
+    x = batches((4, 3, 16, 16))[0]
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 20
+
+
+def test_a_layer_whose_sums_could_overflow_stays_in_float():
+    quantized = check(nn.Sequential(nn.Linear(70000, 3), nn.ReLU(), nn.Linear(3, 2)), (2, 70000))
+    assert "overflow" in reasons(quantized)["0"]

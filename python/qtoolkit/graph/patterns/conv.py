@@ -8,7 +8,11 @@ from torch import fx, nn
 
 from qtoolkit.graph.patterns.fusing import Chain
 from qtoolkit.graph.patterns.registry import Match, Pattern, register_pattern
-from qtoolkit.graph.patterns.weighted import integer_weight_and_bias, set_submodule
+from qtoolkit.graph.patterns.weighted import (
+    integer_weight_and_bias,
+    set_submodule,
+    too_many_products,
+)
 from qtoolkit.nn.base import QParams
 from qtoolkit.nn.conv import make_conv2d
 from qtoolkit.nn.qat import weighted
@@ -44,7 +48,7 @@ class ConvPattern(Pattern):
             return f"padding_mode={module.padding_mode!r} has no integer kernel"
         if _padding(module) is None:
             return "padding='same' that differs between the sides has no integer kernel"
-        return None
+        return too_many_products(module.weight)
 
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
         if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):

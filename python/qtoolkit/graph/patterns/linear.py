@@ -7,7 +7,11 @@ from torch import fx, nn
 from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.patterns.fusing import Chain
 from qtoolkit.graph.patterns.registry import Match, Pattern, register_pattern
-from qtoolkit.graph.patterns.weighted import integer_weight_and_bias, set_submodule
+from qtoolkit.graph.patterns.weighted import (
+    integer_weight_and_bias,
+    set_submodule,
+    too_many_products,
+)
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn.base import QParams
 from qtoolkit.nn.linear import Linear
@@ -34,6 +38,10 @@ class LinearPattern(Pattern):
     types = (nn.Linear,)
     float_output = True
     has_weight = True
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Linear)
+        return too_many_products(module.weight)
 
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
         if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):

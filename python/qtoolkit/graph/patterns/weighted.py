@@ -11,6 +11,17 @@ from qtoolkit.nn.qat.weighted import Conv2d, Linear, folded_bias
 from qtoolkit.nn.weights import IntegerWeight, quantize_weight, weight_qparams
 from qtoolkit.qconfig import QConfig
 
+# More products of 8-bit codes than this could overflow an int32 sum: 255 * 128 each.
+_MOST_PRODUCTS = (2**31 - 1) // (255 * 128)
+
+
+def too_many_products(weight: Tensor) -> str | None:
+    """Why a layer with this weight cannot be computed in integers, or None if it can."""
+    products = weight[0].numel()
+    if products <= _MOST_PRODUCTS:
+        return None
+    return f"its sums of {products} products could overflow int32 (at most {_MOST_PRODUCTS})"
+
 
 def set_submodule(module: fx.GraphModule, name: str, child: nn.Module) -> None:
     """Puts a module at a dotted name; keeps what ``prepare`` noted on the old one."""
