@@ -11,7 +11,7 @@ namespace {
 
 using kernels::Conv2dArgs;
 
-// A buffer for one image at a time. Small ones belong to the calling thread, which keeps one.
+// A buffer for one call's images. Small ones belong to the calling thread, which keeps one.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
@@ -54,24 +54,25 @@ class Source {
   bool copies() const { return copies_; }
   int64_t height() const { return height_; }
   int64_t row_bytes() const { return row_bytes_; }
-  int64_t copy_bytes() const { return height_ * row_bytes_ + kernels::kOverread; }
+  int64_t image_bytes() const { return height_ * row_bytes_; }
+  int64_t copy_bytes(int64_t images) const { return images * image_bytes() + kernels::kOverread; }
   const uint8_t* image(int64_t n) const {
     return images_.x + n * images_.height * images_.width * images_.channels;
   }
 
-  // Rows [begin, end) of the copy of image n, border included.
+  // Rows [begin, end) of the copy of image n and those after it, borders included.
   void copy_rows(int64_t n, uint8_t* copy, int64_t begin, int64_t end) const {
     const int64_t side = images_.padding_width * images_.channels;
     const int64_t inner = images_.width * images_.channels;
     for (int64_t row = begin; row < end; ++row) {
       uint8_t* const to = copy + row * row_bytes_;
-      const int64_t from_row = row - images_.padding_height;
+      const int64_t from_row = row % height_ - images_.padding_height;
       if (from_row < 0 || from_row >= images_.height) {
         std::memset(to, images_.border, static_cast<size_t>(row_bytes_));
         continue;
       }
       std::memset(to, images_.border, static_cast<size_t>(side));
-      copy_codes(n, from_row, to + side);
+      copy_codes(n + row / height_, from_row, to + side);
       std::memset(to + side + inner, images_.border, static_cast<size_t>(side));
     }
   }
@@ -101,23 +102,45 @@ class Source {
   bool copies_;
 };
 
+// How many images one call of the kernel takes: small maps leave a tile part empty and read all
+// weights for few pixels. Both amount to little at kCallPixels, if the input stays in cache or is
+// less than the weights that pass through it.
+int64_t images_per_call(const kernels::Conv2dShape& shape, const Source& source) {
+  constexpr int64_t kCallPixels = 256;
+  constexpr int64_t kCallBytes = 1 << 20;
+  const int64_t bytes = std::max(kCallBytes, shape.packed_bytes());
+  const int64_t wanted = (kCallPixels + shape.pixels() - 1) / shape.pixels();
+  return std::clamp<int64_t>(bytes / source.image_bytes(), 1, wanted);
+}
+
 }  // namespace
 
 void run_conv2d(const Conv2dArgs& args, const ConvImages& images, bool depthwise) {
   const kernels::Conv2dShape& shape = args.shape;
   const Source source(images, shape, depthwise);
-  const int64_t units = depthwise ? shape.out_height : kernels::conv2d_units(shape);
   const int64_t taps = shape.in_channels * shape.kernel_height * shape.kernel_width;
   const int64_t unit_cost = depthwise ? shape.out_width * shape.groups * taps
                                       : kernels::kTilePixels * kernels::kChannelBlock * taps;
   const int64_t grain = grain_of(kMultiplyGrain, unit_cost);
 
-  const auto run = [&](int64_t n, const uint8_t* x, int64_t begin, int64_t end) {
+  const int64_t most = depthwise ? 1 : std::min(images_per_call(shape, source), images.batch);
+  const int64_t calls = (images.batch + most - 1) / most;
+  // The images of call `i`, and the units of so many images.
+  const auto images_of = [&](int64_t i) { return std::min(most, images.batch - i * most); };
+  const auto units_of = [&](int64_t count) {
+    kernels::Conv2dShape several = shape;
+    several.images = count;
+    return depthwise ? shape.out_height : kernels::conv2d_units(several);
+  };
+
+  const auto run = [&](int64_t call, const uint8_t* x, int64_t begin, int64_t end) {
     Conv2dArgs own = args;
+    own.shape.images = images_of(call);
     own.x = x;
+    own.x_image_stride = source.image_bytes();
     own.x_row_stride = source.row_bytes();
     own.x_pixel_stride = images.channels;
-    const int64_t skip = n * shape.pixels();
+    const int64_t skip = call * most * shape.pixels();
     const int64_t y_bytes = args.output == kernels::Conv2dOutput::codes ? 1 : sizeof(float);
     own.y = static_cast<uint8_t*>(args.y) + skip * args.y_pixel_stride * y_bytes;
     if (args.residual != nullptr) {
@@ -130,32 +153,35 @@ void run_conv2d(const Conv2dArgs& args, const ConvImages& images, bool depthwise
     }
   };
 
-  // Few images that need a copy: all threads copy one, then all compute on it.
-  if (source.copies() && images.batch < at::get_num_threads()) {
-    const Scratch scratch(source.copy_bytes());
+  // Few calls that need a copy: all threads copy for one, then all compute on it.
+  if (source.copies() && calls < at::get_num_threads()) {
+    const Scratch scratch(source.copy_bytes(most));
     uint8_t* const copy = scratch.data();
     const int64_t copy_grain = grain_of(kElementGrain, source.row_bytes());
-    for (int64_t n = 0; n < images.batch; ++n) {
-      at::parallel_for(0, source.height(), copy_grain,
-                       [&](int64_t begin, int64_t end) { source.copy_rows(n, copy, begin, end); });
-      at::parallel_for(0, units, grain,
-                       [&](int64_t begin, int64_t end) { run(n, copy, begin, end); });
+    for (int64_t call = 0; call < calls; ++call) {
+      at::parallel_for(
+          0, images_of(call) * source.height(), copy_grain,
+          [&](int64_t begin, int64_t end) { source.copy_rows(call * most, copy, begin, end); });
+      at::parallel_for(0, units_of(images_of(call)), grain,
+                       [&](int64_t begin, int64_t end) { run(call, copy, begin, end); });
     }
     return;
   }
-  // Else the units of all images in one region; a thread copies the images that it works on.
-  at::parallel_for(0, images.batch * units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(source.copies() ? source.copy_bytes() : 0);
+  // Else the units of all calls in one region; a thread copies the images that it works on.
+  const int64_t units = units_of(most);
+  const int64_t all_units = (calls - 1) * units + units_of(images_of(calls - 1));
+  at::parallel_for(0, all_units, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(source.copies() ? source.copy_bytes(most) : 0);
     while (begin < end) {
-      const int64_t n = begin / units;
+      const int64_t call = begin / units;
       const int64_t first = begin % units;
       const int64_t last = std::min(units, first + end - begin);
-      const uint8_t* x = source.image(n);
+      const uint8_t* x = source.image(call * most);
       if (source.copies()) {
-        source.copy_rows(n, scratch.data(), 0, source.height());
+        source.copy_rows(call * most, scratch.data(), 0, images_of(call) * source.height());
         x = scratch.data();
       }
-      run(n, x, first, last);
+      run(call, x, first, last);
       begin += last - first;
     }
   });
