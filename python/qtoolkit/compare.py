@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qtoolkit.graph.capture import Capture
-from qtoolkit.graph.modules import graph_modules
+from qtoolkit.graph.modules import bound_arguments, graph_modules
 from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report, model_inputs
 from qtoolkit.nn.base import QuantizedModule
@@ -26,7 +26,7 @@ class LayerComparison:
         name: dotted name in the float model.
         kind: class of the quantized layer.
         sqnr: signal-to-quantization-noise ratio of its output in dB, over all batches; the noise of
-            all layers before it is in it.
+            all layers before it is in it; NaN if no batch reached it.
     """
 
     name: str
@@ -57,16 +57,20 @@ class _Energy:
     """Sums of squares of a signal and of its error."""
 
     def __init__(self) -> None:
+        self.measured = False
         self.signal = 0.0
         self.noise = 0.0
 
     def add(self, expected: Tensor, actual: Tensor) -> None:
+        self.measured = True
         expected, actual = expected.double(), actual.double()
         self.signal += float(expected.square().sum())
         self.noise += float((expected - actual).square().sum())
 
     @property
     def sqnr(self) -> float:
+        if not self.measured:
+            return float("nan")
         if self.noise == 0:
             return float("inf")
         if self.signal == 0:
@@ -192,4 +196,8 @@ def _record_float(model: nn.Module, wanted: set[str], values: dict[Any, list[Ten
     for part, module in graph_modules(model):
         run = _FloatRun(module, wanted, values)
         run.part = part
-        module.forward = lambda *args, run=run: run.run(*args)
+        module.forward = _runner(module, run)
+
+
+def _runner(module: fx.GraphModule, run: _FloatRun) -> Callable[..., Any]:
+    return lambda *args, **kwargs: run.run(*bound_arguments(module, args, kwargs))

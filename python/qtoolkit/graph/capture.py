@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import operator
 import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import fx, nn
 
-from qtoolkit.graph.inplace import AliasError, remove_inplace
+from qtoolkit.graph.inplace import AliasError, changes_input, remove_inplace
+from qtoolkit.graph.modules import bound_arguments, graph_modules
 from qtoolkit.graph.plain import is_plain
 
 
@@ -57,13 +59,35 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as it is; torch.fx takes it for ``x = x + y``, which other names of x do
+    not see."""
+
+
+def _record_inplace(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul"):
+    setattr(_Proxy, f"__{_name}__", _record_inplace(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Traces into every module but torch.nn's own and those whose ``forward`` fails."""
+
+    # A buffer that forward changes is then seen as such; else the change is made while tracing.
+    proxy_buffer_attributes = True
 
     def __init__(self, prefix: str = "") -> None:
         super().__init__()
         self.prefix = prefix
         self.uncaptured: dict[str, Uncaptured] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.uncaptured or isinstance(m, torch.jit.ScriptModule):
@@ -105,25 +129,38 @@ def _is_builtin(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
 
 
-def _capture_children(module: nn.Module, name: str, uncaptured: list[Uncaptured]) -> None:
+@dataclass
+class _State:
+    """What a capture has found, and the parts that it must leave alone, with the reasons."""
+
+    uncaptured: list[Uncaptured]
+    refused: dict[str, str]
+
+
+def _capture_children(module: nn.Module, name: str, state: _State) -> None:
     for child_name, child in list(module.named_children()):
-        captured = _capture(child, _join(name, child_name), uncaptured)
+        captured = _capture(child, _join(name, child_name), state)
         if captured is not child:
             setattr(module, child_name, captured)
 
 
-def _capture(module: nn.Module, name: str, uncaptured: list[Uncaptured]) -> nn.Module:
+def _capture(module: nn.Module, name: str, state: _State) -> nn.Module:
+    uncaptured = state.uncaptured
     if isinstance(module, torch.jit.ScriptModule):
         uncaptured.append(
             Uncaptured(name, "ScriptModule", "a TorchScript module has no Python code", "")
         )
         return module
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        _capture_children(module, name, uncaptured)
+        _capture_children(module, name, state)
         return module
     if is_plain(module, (nn.Conv2d, nn.Linear)):
         return _wrap(module)
     if name and _is_builtin(module):
+        return module
+    if name in state.refused:
+        uncaptured.append(Uncaptured(name, type(module).__qualname__, state.refused[name], ""))
+        _capture_children(module, name, state)
         return module
     tracer = _Tracer(name + "." if name else "")
     try:
@@ -132,31 +169,33 @@ def _capture(module: nn.Module, name: str, uncaptured: list[Uncaptured]) -> nn.M
         uncaptured.append(
             Uncaptured(name, type(module).__qualname__, _reason(error), _location(error))
         )
-        _capture_children(module, name, uncaptured)
+        _capture_children(module, name, state)
         return module
     for node in graph.nodes:
         # A string (a postponed annotation) means nothing in generated code, and a result's type may
         # depend on a branch that was not taken; TorchScript would take either at its word.
         if isinstance(node.type, str) or node.op == "output":
             node.type = None
+        if node.op == "placeholder" and node.args == (None,) and node.type is None:
+            node.type = Optional[torch.Tensor]  # noqa: UP045  (TorchScript reads this form)
     result = fx.GraphModule(tracer.root, graph, type(module).__name__)
     result.train(module.training)
     try:
         remove_inplace(result)
     except AliasError as error:
         uncaptured.append(Uncaptured(name, type(module).__qualname__, str(error), ""))
-        _capture_children(module, name, uncaptured)
+        _capture_children(module, name, state)
         return module
     for leaf_name, entry in tracer.uncaptured.items():
         uncaptured.append(entry)
-        _capture_children(result.get_submodule(leaf_name), entry.name, uncaptured)
+        _capture_children(result.get_submodule(leaf_name), entry.name, state)
     return result
 
 
 def _wrap(module: nn.Module) -> nn.Module:
     """A graph that holds one call of a layer, for an uncaptured parent that calls it itself."""
     graph = fx.Graph()
-    x = graph.placeholder("x")
+    x = graph.placeholder("input")
     graph.output(graph.call_module("module", (x,)))
     root = nn.Module()
     root.add_module("module", module)
@@ -184,6 +223,8 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if is_dataclass(a) and type(a) is type(b):
         return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    if type(a) is type(b) and hasattr(a, "__dict__"):
+        return _same(vars(a), vars(b))
     return a is b or bool(a == b)
 
 
@@ -220,30 +261,60 @@ class Capture:
                 "tensor attribute must be removed first"
             ) from error
         try:
-            self.expected = _run(self.original, example_inputs)
+            self.expected = _run(copy.deepcopy(self.original), example_inputs)
         except Exception as error:
             raise RuntimeError(
                 f"the model failed on the example inputs ({_reason(error)}); example_inputs must "
                 "be what the model's forward takes, as a tuple"
             ) from error
-        self.uncaptured: list[Uncaptured] = []
-        self.model = _capture(copy.deepcopy(self.original), "", self.uncaptured)
+        self.refused: dict[str, str] = {}
+        self._capture()
         failure = self.difference()
         if failure:
             # The trace of the whole is wrong: keep the model's own forward, try its children.
-            self.uncaptured = [Uncaptured("", self.kind, f"the traced graph {failure}", "")]
-            self.model = copy.deepcopy(self.original)
-            _capture_children(self.model, "", self.uncaptured)
+            self.refused[""] = f"the traced graph {failure}"
+            self._capture()
             failure = self.difference()
         if failure:
             self.give_up(f"the traced graph of its children {failure}")
+
+    def _capture(self) -> None:
+        """Captures all that is not refused, and refuses what then changes tensors in place."""
+        while True:
+            state = _State([], self.refused)
+            self.model = _capture(copy.deepcopy(self.original), "", state)
+            self.uncaptured = state.uncaptured
+            found = self._changed_in_place()
+            if not found:
+                return
+            self.refused.update(found)
+
+    def _changed_in_place(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        model = copy.deepcopy(self.model)
+
+        def watch(name: str, part: fx.GraphModule, args: Any, kwargs: Any) -> None:
+            reason = changes_input(part, copy.deepcopy(bound_arguments(part, args, kwargs)))
+            if reason is not None:
+                found[name] = reason
+
+        for name, part in graph_modules(model):
+            part.register_forward_pre_hook(
+                lambda part, args, kwargs, name=name: watch(name, part, args, kwargs),
+                with_kwargs=True,
+            )
+        # A model that fails here fails in difference too, which tells why.
+        with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+            _run(model, self.example_inputs)
+        return {name: reason for name, reason in found.items() if name not in self.refused}
 
     def difference(self) -> str | None:
         """How the captured copy differs on the example inputs, None if it does not."""
         try:
             # torch.fx prints where a graph fails before it raises.
             with contextlib.redirect_stderr(io.StringIO()):
-                same = _same(_run(self.model, self.example_inputs), self.expected)
+                model = copy.deepcopy(self.model)
+                same = _same(_run(model, self.example_inputs), self.expected)
         except Exception as error:
             return f"fails on the example inputs ({_reason(error)})"
         return None if same else "computes something else on the example inputs"

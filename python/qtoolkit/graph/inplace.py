@@ -7,6 +7,7 @@ made to one of them would not reach the others.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -56,7 +57,9 @@ def _out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
     """
     if node.op == "call_module":
         called = called_module(node, module)
-        if called is None or not getattr(called, "inplace", False):
+        # Other modules keep their ways; change_input finds those that change their input.
+        builtin = type(called).__module__.startswith("torch.nn.")
+        if called is None or not builtin or not getattr(called, "inplace", False):
             return False
         called.inplace = False  # type: ignore[assignment]
         return True
@@ -112,12 +115,51 @@ def _rewrite(module: fx.GraphModule) -> None:
         if not node.args or not isinstance(node.args[0], fx.Node):
             raise AliasError(f"{node.name} changes something that is no tensor of the graph")
         changed = node.args[0]
+        if _is_number(changed):
+            continue  # Python's numbers never change: other names keep the old value
+        if changed.op == "get_attr":
+            raise AliasError(f"{node.name} changes {changed.target} in place")
         for user in list(changed.users):
             if user is not node and position[user] > position[node]:
                 user.replace_input_with(changed, node)
         _check_aliases(node, changed, module, position)
     module.graph.lint()
     module.recompile()
+
+
+def _is_number(node: fx.Node) -> bool:
+    """True for a size, or what is computed from sizes alone."""
+    if node.op == "call_method":
+        return node.target in {"size", "dim", "numel", "item", "stride"}
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in {"shape", "ndim"}
+    inputs = node.all_input_nodes
+    module = getattr(node.target, "__module__", "")
+    return module == "_operator" and bool(inputs) and all(map(_is_number, inputs))
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph and refuses a node that changes its input."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        inputs = [self.env.get(node) for node in n.all_input_nodes]
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        before = [tensor._version for tensor in tensors]
+        result = super().run_node(n)
+        if [tensor._version for tensor in tensors] != before:
+            raise AliasError(f"{n.name} changes its input in place")
+        return result
+
+
+def changes_input(module: fx.GraphModule, args: tuple[Any, ...]) -> str | None:
+    """Which call of a graph still changes a tensor in place when it runs; None if none does."""
+    try:
+        _Watch(module).run(*args)
+    except AliasError as error:
+        return str(error)
+    return None
 
 
 def _check_aliases(

@@ -185,7 +185,8 @@ class _Lowering:
         computes = used or float_shape(node) is not None or node.op == "call_module"
         if node.op.startswith("call") and computes and not keeps_values(node, self.module):
             kind = self._kind_of(node)
-            name = self.prefix + self._name_of(node)
+            note = note_of(called_module(node, self.module))
+            name = note.source if note is not None else self.prefix + self._name_of(node)
             self._add_float_layer(name, kind, f"no integer kernel for {kind}")
 
     def _make_outputs_contiguous(self, output: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,3 +31,12 @@ def free_name(module: nn.Module, name: str) -> str:
     while hasattr(module, f"{name}_{number}"):
         number += 1
     return f"{name}_{number}"
+
+
+def bound_arguments(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments of a call of a captured part, by position, defaults filled in."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.args[1:]

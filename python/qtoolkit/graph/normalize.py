@@ -97,14 +97,20 @@ def _use_constant(node: fx.Node, value: Any) -> None:
     node.graph.erase_node(node)
 
 
+def _is_layer(node: fx.Node, module: fx.GraphModule) -> bool:
+    """True for a call of one of torch.nn's modules, which take their input first."""
+    called = called_module(node, module)
+    return called is not None and type(called).__module__.startswith("torch.nn.")
+
+
 def settle_calls(module: fx.GraphModule) -> None:
     """Brings calls into one form: layers' inputs by position, no views, no facts of weights."""
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and not node.args and len(node.kwargs) == 1:
+        if _is_layer(node, module) and not node.args and len(node.kwargs) == 1:
             node.args, node.kwargs = tuple(node.kwargs.values()), {}
         elif node.op == "call_method" and node.target == "view":
             # Converted layers give channels-last tensors, where a view may be impossible.
-            if not any(isinstance(arg, torch.dtype) for arg in node.args):
+            if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
                 node.target = "reshape"
         elif node.op == "call_function" and node.target is getattr and node.args[1] == "dtype":
             source = node.args[0]

@@ -15,6 +15,8 @@ def not_plain(module: nn.Module) -> str | None:
     for method in ("forward", "_conv_forward"):
         function = getattr(type(module), method, None)
         origin = getattr(function, "__module__", None) or ""
+        if method in module.__dict__:
+            return f"its {method} was replaced"
         if function is not None and not origin.startswith(("torch.nn.", "qtoolkit.")):
             return f"{type(module).__qualname__} overrides {method}"
     if module._forward_hooks or module._forward_pre_hooks:

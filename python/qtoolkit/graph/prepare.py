@@ -42,11 +42,13 @@ def prepare_model(
         settle_calls(module)
         functions_to_modules(module)
         separate_shared_layers(module)
-        if not qat:
-            fold_batch_norms(module)
     failure = capture.difference()
     if failure:
         capture.give_up(f"the rewritten graph {failure}")
+    if not qat:
+        # After the comparison: folding rounds differently.
+        for _, module in graph_modules(capture.model):
+            fold_batch_norms(module)
     captured = capture.model
     report = Report(
         inputs=len(example_inputs),
@@ -102,7 +104,10 @@ def _assign_qconfigs(
             reason = "its qconfig gives no weight format"
         elif reason is None:
             reason = _unsupported_formats(qconfig, has_weight=pattern.has_weight)
-        if reason is None and float_shape(node) is None:
+        shape = float_shape(node)
+        if reason is None and shape is not None and pattern.dimensions not in (None, len(shape)):
+            reason = f"its output has {len(shape)} dimensions, the kernel's {pattern.dimensions}"
+        if reason is None and shape is None:
             reason = "the example inputs do not reach it, or its output is no float tensor"
         if reason is not None:
             qconfig = None

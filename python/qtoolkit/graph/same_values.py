@@ -132,7 +132,8 @@ def as_module(node: fx.Node) -> AsModule | None:
         return None
     if node.target in _DROPOUT:
         arguments = bind(_dropout, node)
-        if arguments is None:
+        # The trace is in evaluation mode: True was written as such, and is meant.
+        if arguments is None or arguments["training"]:
             return None
         kind = nn.Dropout2d if node.target is functional.dropout2d else nn.Dropout
         return AsModule(kind(arguments["p"]), node.args[:1])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qtoolkit.graph.modules import graph_modules
+from qtoolkit.graph.modules import bound_arguments, graph_modules
 
 _KEY = "qtoolkit_value"
 
@@ -31,15 +31,19 @@ def propagate_shapes(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(module, fx.GraphModule)
         with torch.no_grad():
-            _Recorder(module).run(*args, *kwargs.values())
+            _Recorder(module).run(*bound_arguments(module, args, kwargs))
 
     handles = [
         module.register_forward_pre_hook(record, with_kwargs=True)
         for _, module in graph_modules(model)
     ]
+    # A forward that counts its calls shall not count this one.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             model(*copy.deepcopy(example_inputs))
+            for buffer, value in buffers:
+                buffer.copy_(value)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-_MARK = "qtoolkit_further_call"
+_FIRST = "qtoolkit_first_call"
+_SUCCESSOR = "qtoolkit_successor"
 
 
 def _tensors(module: nn.Module) -> dict[str, Any]:
@@ -20,6 +21,10 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
 
 
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # The first one is loaded already; with assign=True it has new tensors.
+    first = getattr(module, _FIRST)[0]
+    module._parameters.update(first._parameters)
+    module._buffers.update(first._buffers)
     for name, tensor in _tensors(module).items():
         state_dict.setdefault(prefix + name, tensor)
 
@@ -29,9 +34,11 @@ def _after_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str
         state_dict.pop(prefix + name, None)
 
 
-def mark_further_call(module: nn.Module) -> None:
-    """Keeps the module's own parameters and buffers out of state dicts."""
-    setattr(module, _MARK, True)
+def mark_further_call(module: nn.Module, first: nn.Module) -> None:
+    """Keeps the module's own parameters and buffers, which are the first one's, out of state
+    dicts."""
+    # In a tuple, so that the first one is not registered a second time.
+    setattr(module, _FIRST, (first,))
     module.register_load_state_dict_pre_hook(_before_load)
     module.register_state_dict_post_hook(_after_state_dict)
 
@@ -43,11 +50,13 @@ def further_call(layer: nn.Module) -> nn.Module:
         name: value.copy() if name.startswith("_") and hasattr(value, "copy") else value
         for name, value in layer.__dict__.items()
     }
-    mark_further_call(copy)
+    mark_further_call(copy, getattr(layer, _FIRST, (layer,))[0])
     return copy
 
 
 def keep_mark(old: nn.Module, new: nn.Module) -> None:
-    """Marks a module that takes the place of a marked one."""
-    if getattr(old, _MARK, False):
-        mark_further_call(new)
+    """Lets a module take the place of another one, be it a first or a further call."""
+    setattr(old, _SUCCESSOR, (new,))
+    if hasattr(old, _FIRST):
+        first = getattr(old, _FIRST)[0]
+        mark_further_call(new, getattr(first, _SUCCESSOR, (first,))[0])

@@ -18,6 +18,7 @@ class BatchNormPattern(Pattern):
     """``nn.BatchNorm2d``."""
 
     types = (nn.BatchNorm2d,)
+    dimensions = 4
 
     def unsupported(self, module: nn.Module) -> str | None:
         assert isinstance(module, nn.BatchNorm2d)

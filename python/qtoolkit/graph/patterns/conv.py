@@ -39,6 +39,7 @@ class ConvPattern(Pattern):
     """``nn.Conv2d``."""
 
     types = (nn.Conv2d,)
+    dimensions = 4
     float_output = True
     has_weight = True
 
