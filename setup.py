@@ -16,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH = version("torch").split("+")[0]
+# The CMake and ninja of this environment, also where it is not active: a system's may be too old.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def usable_cores() -> int:
