@@ -173,8 +173,12 @@ def train(
     if epochs == 0:
         return
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    steps = epochs * len(loader) + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=epochs * len(loader) + 1, pct_start=0.2
+        optimizer,
+        rate,
+        total_steps=steps,
+        pct_start=max(0.2, 2 / steps),  # the rise takes a step at least
     )
     for epoch in range(epochs):
         before_epoch(epoch)

@@ -168,7 +168,7 @@ def fine_tune(
     """SGD at a small rate; the last epoch trains what inference will compute."""
 
     def before_epoch(epoch: int) -> None:
-        if epoch == args.qat_epochs - 1:
+        if 0 < epoch == args.qat_epochs - 1:  # ranges must have seen data before
             freeze()
 
     torch.manual_seed(args.seed)  # the same images in the same order for all who are compared
