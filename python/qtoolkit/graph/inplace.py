@@ -57,7 +57,7 @@ def _out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
     """
     if node.op == "call_module":
         called = called_module(node, module)
-        # Other modules keep their ways; change_input finds those that change their input.
+        # Other modules keep their ways; changes_input finds those that change their input.
         builtin = type(called).__module__.startswith("torch.nn.")
         if called is None or not builtin or not getattr(called, "inplace", False):
             return False

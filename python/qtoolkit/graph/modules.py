@@ -40,3 +40,8 @@ def bound_arguments(
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     bound.apply_defaults()
     return bound.args[1:]
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width of an option that may be one number for both."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from qtoolkit.graph.modules import called_module
+from qtoolkit.graph.modules import called_module, pair
 from qtoolkit.graph.patterns.registry import AsModule
 from qtoolkit.graph.plain import is_plain
 from qtoolkit.graph.shapes import bind, float_shape
@@ -145,10 +145,6 @@ def as_module(node: fx.Node) -> AsModule | None:
     return None
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def lower_same_values(node: fx.Node, module: fx.GraphModule) -> nn.Module | str | None:
     """How a value-preserving node is written on codes.
 
@@ -158,10 +154,10 @@ def lower_same_values(node: fx.Node, module: fx.GraphModule) -> nn.Module | str 
     called = called_module(node, module)
     if isinstance(called, nn.MaxPool2d):
         return pooling.MaxPool2d(
-            _pair(called.kernel_size),
-            _pair(called.stride),
-            _pair(called.padding),
-            _pair(called.dilation),
+            pair(called.kernel_size),
+            pair(called.stride),
+            pair(called.padding),
+            pair(called.dilation),
             called.ceil_mode,
         )
     # Codes are channels-last inside a converted model, where a view may be impossible.

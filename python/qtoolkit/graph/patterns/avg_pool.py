@@ -8,16 +8,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as torch_functional
 
-from qtoolkit.graph.modules import called_module
+from qtoolkit.graph.modules import called_module, pair
 from qtoolkit.graph.patterns.registry import AsModule, Match, Pattern, register_pattern
 from qtoolkit.graph.shapes import bind, float_shape
 from qtoolkit.nn import functional, pooling
 from qtoolkit.nn.base import QParams
 from qtoolkit.qconfig import QConfig
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _mean(x: Any, dim: Any, keepdim: bool = False) -> None:
@@ -84,14 +80,12 @@ class AvgPoolPattern(Pattern):
         if isinstance(pool, functional.GlobalAvgPool2d):
             return pooling.GlobalAvgPool2d(pool.keepdim, input=inputs[0], output=output)
         if isinstance(pool, nn.AdaptiveAvgPool2d):
-            return pooling.AdaptiveAvgPool2d(
-                _pair(pool.output_size), input=inputs[0], output=output
-            )
+            return pooling.AdaptiveAvgPool2d(pair(pool.output_size), input=inputs[0], output=output)
         assert isinstance(pool, nn.AvgPool2d)
         return pooling.AvgPool2d(
-            _pair(pool.kernel_size),
-            _pair(pool.stride),
-            _pair(pool.padding),
+            pair(pool.kernel_size),
+            pair(pool.stride),
+            pair(pool.padding),
             pool.ceil_mode,
             pool.count_include_pad,
             pool.divisor_override,

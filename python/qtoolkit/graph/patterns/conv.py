@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx, nn
 
+from qtoolkit.graph.modules import pair
 from qtoolkit.graph.patterns.fusing import Chain
 from qtoolkit.graph.patterns.registry import Match, Pattern, register_pattern
 from qtoolkit.graph.patterns.weighted import (
@@ -19,19 +18,15 @@ from qtoolkit.nn.qat import weighted
 from qtoolkit.qconfig import QConfig
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     """The padding on both sides; None where the two sides differ ("same" with an even kernel)."""
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
-        kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
+        kernel, dilation = pair(conv.kernel_size), pair(conv.dilation)
         total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
         return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
-    return _pair(conv.padding)
+    return pair(conv.padding)
 
 
 @register_pattern
@@ -95,9 +90,9 @@ class ConvPattern(Pattern):
             weight,
             bias,
             conv.groups,
-            stride=_pair(conv.stride),
+            stride=pair(conv.stride),
             padding=padding,
-            dilation=_pair(conv.dilation),
+            dilation=pair(conv.dilation),
             input=inputs[0],
             residual=inputs[1] if match.residual else None,
             output=output,
