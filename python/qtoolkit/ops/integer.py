@@ -1,25 +1,9 @@
-"""The operators, typed: the only user of torch.ops.qtoolkit.
+"""Operators on codes, to codes and from codes. `qtoolkit.ops` says what all share."""
 
-All are functions of plain tensors and work in eager mode, torch.jit.script, torch.export and
-torch.compile. Codes are uint8 or int8 tensors with real = scale * (code - zero_point). A scale is a
-float32 tensor and a zero point an int32 tensor: of one element per tensor, of shape [channels] per
-channel. An output's dtype is int8 where quant_min < 0, else uint8; (quant_min, quant_max) lie in
-[-128, 127] or [0, 255].
-
-The integer arithmetic is that of Jacob et al., "Quantization and Training of Neural Networks for
-Efficient Integer-Arithmetic-Only Inference" (2018), with the factor between the accumulator and the
-output in float32: code = clamp(round_half_even(acc * factor) + zero_point, quant_min, quant_max).
-
-Errors, for all: TypeError for a wrong dtype; ValueError for a shape, device, scale (not positive or
-not finite), zero point or range that does not fit. The message names operator and argument.
-"""
-
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
-
-import qtoolkit._library  # noqa: F401  (registers the operators)
 
 
 def quantize_per_tensor(
@@ -50,68 +34,6 @@ def dequantize_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
 def dequantize_per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int) -> Tensor:
     """dequantize_per_tensor with scale and zero_point of shape [x.size(ch_axis)]."""
     return torch.ops.qtoolkit.dequantize_per_channel(x, scale, zero_point, ch_axis)
-
-
-def fake_quantize_per_tensor(
-    x: Tensor,
-    scale: Union[float, Tensor],  # noqa: UP007  (torch.jit.script reads it)
-    zero_point: Union[int, Tensor],  # noqa: UP007
-    quant_min: int,
-    quant_max: int,
-) -> Tensor:
-    """Quantizes and dequantizes x, in its dtype; bit for bit torch.fake_quantize_per_tensor_affine.
-
-    x: float32, or float16 and bfloat16, which are computed in float32. NaN stays NaN, infinities
-    are clamped. The gradient of x is straight-through: passed where x lies in the range of the
-    codes, else 0 (Bengio et al., 2013; Jacob et al., 2018). scale and zero_point get none.
-    """
-    if not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
-    if not isinstance(zero_point, Tensor):
-        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=x.device)
-    return torch.ops.qtoolkit.fake_quantize_per_tensor(x, scale, zero_point, quant_min, quant_max)
-
-
-def fake_quantize_per_channel(
-    x: Tensor,
-    scale: Union[float, Tensor],  # noqa: UP007
-    zero_point: Union[int, Tensor],  # noqa: UP007
-    ch_axis: int,
-    quant_min: int,
-    quant_max: int,
-) -> Tensor:
-    """fake_quantize_per_tensor with scale and zero_point of shape [x.size(ch_axis)].
-
-    A number stands for every channel.
-    """
-    if not isinstance(scale, Tensor):
-        scale = torch.full([x.size(ch_axis)], scale, dtype=torch.float32, device=x.device)
-    if not isinstance(zero_point, Tensor):
-        zero_point = torch.full([x.size(ch_axis)], zero_point, dtype=torch.int32, device=x.device)
-    return torch.ops.qtoolkit.fake_quantize_per_channel(
-        x, scale, zero_point, ch_axis, quant_min, quant_max
-    )
-
-
-def min_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of a float tensor, 0-dim float32; both NaN if x holds a NaN.
-
-    Raises ValueError if x is empty.
-    """
-    return torch.ops.qtoolkit.min_max(x)
-
-
-def min_max_per_channel(x: Tensor, ch_axis: int) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum along every other dimension, float32 [x.size(ch_axis)]; see min_max."""
-    return torch.ops.qtoolkit.min_max_per_channel(x, ch_axis)
-
-
-def histogram(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
-    """Counts of x in `bins` equal bins over [lower, upper], int64 [bins].
-
-    Values outside and NaN are not counted. Raises ValueError if x is empty.
-    """
-    return torch.ops.qtoolkit.histogram(x, bins, lower, upper)
 
 
 def conv2d(

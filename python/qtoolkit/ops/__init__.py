@@ -1,0 +1,62 @@
+"""The operators, typed: the only user of torch.ops.qtoolkit.
+
+All are functions of plain tensors and work in eager mode, torch.jit.script, torch.export and
+torch.compile. Codes are uint8 or int8 tensors with real = scale * (code - zero_point). A scale is a
+float32 tensor and a zero point an int32 tensor: of one element per tensor, of shape [channels] per
+channel. An output's dtype is int8 where quant_min < 0, else uint8; (quant_min, quant_max) lie in
+[-128, 127] or [0, 255].
+
+The integer arithmetic is that of Jacob et al., "Quantization and Training of Neural Networks for
+Efficient Integer-Arithmetic-Only Inference" (2018), with the factor between the accumulator and the
+output in float32: code = clamp(round_half_even(acc * factor) + zero_point, quant_min, quant_max).
+
+Errors, for all: TypeError for a wrong dtype; ValueError for a shape, device, scale (not positive or
+not finite), zero point or range that does not fit. The message names operator and argument.
+"""
+
+import qtoolkit._library  # noqa: F401  (registers the operators)
+from qtoolkit.ops.fake_quantize import (
+    fake_quantize_per_channel,
+    fake_quantize_per_tensor,
+)
+from qtoolkit.ops.integer import (
+    adaptive_avg_pool2d,
+    add,
+    avg_pool2d,
+    batch_norm,
+    cat,
+    conv2d,
+    dequantize_per_channel,
+    dequantize_per_tensor,
+    linear,
+    max_pool2d,
+    quantize_per_channel,
+    quantize_per_tensor,
+    requantize,
+)
+from qtoolkit.ops.statistics import (
+    histogram,
+    min_max,
+    min_max_per_channel,
+)
+
+__all__ = [
+    "adaptive_avg_pool2d",
+    "add",
+    "avg_pool2d",
+    "batch_norm",
+    "cat",
+    "conv2d",
+    "dequantize_per_channel",
+    "dequantize_per_tensor",
+    "fake_quantize_per_channel",
+    "fake_quantize_per_tensor",
+    "histogram",
+    "linear",
+    "max_pool2d",
+    "min_max",
+    "min_max_per_channel",
+    "quantize_per_channel",
+    "quantize_per_tensor",
+    "requantize",
+]

@@ -1,0 +1,47 @@
+"""Quantize, then dequantize, with a gradient. `qtoolkit.ops` says what all share."""
+
+from typing import Union
+
+import torch
+from torch import Tensor
+
+
+def fake_quantize_per_tensor(
+    x: Tensor,
+    scale: Union[float, Tensor],  # noqa: UP007  (torch.jit.script reads it)
+    zero_point: Union[int, Tensor],  # noqa: UP007
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Quantizes and dequantizes x, in its dtype; bit for bit torch.fake_quantize_per_tensor_affine.
+
+    x: float32, or float16 and bfloat16, which are computed in float32. NaN stays NaN, infinities
+    are clamped. The gradient of x is straight-through: passed where x lies in the range of the
+    codes, else 0 (Bengio et al., 2013; Jacob et al., 2018). scale and zero_point get none.
+    """
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
+    if not isinstance(zero_point, Tensor):
+        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=x.device)
+    return torch.ops.qtoolkit.fake_quantize_per_tensor(x, scale, zero_point, quant_min, quant_max)
+
+
+def fake_quantize_per_channel(
+    x: Tensor,
+    scale: Union[float, Tensor],  # noqa: UP007
+    zero_point: Union[int, Tensor],  # noqa: UP007
+    ch_axis: int,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """fake_quantize_per_tensor with scale and zero_point of shape [x.size(ch_axis)].
+
+    A number stands for every channel.
+    """
+    if not isinstance(scale, Tensor):
+        scale = torch.full([x.size(ch_axis)], scale, dtype=torch.float32, device=x.device)
+    if not isinstance(zero_point, Tensor):
+        zero_point = torch.full([x.size(ch_axis)], zero_point, dtype=torch.int32, device=x.device)
+    return torch.ops.qtoolkit.fake_quantize_per_channel(
+        x, scale, zero_point, ch_axis, quant_min, quant_max
+    )
