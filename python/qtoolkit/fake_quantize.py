@@ -103,14 +103,6 @@ class FakeQuantize(QuantizationState):
         self.observer.check_finite(self.scale, self.zero_point)
         return self.scale, self.zero_point
 
-    def train(self, mode: bool = True) -> FakeQuantize:
-        """Sets the mode. In a copy whose state is an average of others' (EMA), scale and zero point
-        are no such average of theirs, so eval mode takes them from the range."""
-        follows = self.observing and not self.is_weight
-        if not mode and follows and self.observer.range_is_state() and self.observer.calibrated():
-            self.follow_range()
-        return super().train(mode)
-
     def freeze(self) -> None:
         """Keeps scale and zero point as they are from now on."""
         self.observing = False
@@ -139,11 +131,6 @@ class FakeQuantize(QuantizationState):
         if self.is_weight:
             self.observer.reset()
         self.observer(x)
-        return self.follow_range()
-
-    @torch.no_grad()
-    def follow_range(self) -> tuple[Tensor, Tensor]:
-        """Takes scale and zero point, which are returned, from what was observed."""
         scale, zero_point = self.observer.calculate_qparams_unchecked()
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)

@@ -254,24 +254,3 @@ def test_a_schedule_needs_a_qat_model_and_a_step():
         SCHEDULE(trained(), 0)
     with pytest.raises(ValueError, match="steps count from 0, got -1"):
         SCHEDULE(prepared(), -1)
-
-
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_averaged_copies_of_a_model_convert(use_buffers):
-    """EMA, of a model that had seen no data when the copy was made."""
-    model = prepared()
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=use_buffers
-    )
-    schedule = qt.QATSchedule(freeze_bn=20, freeze_observers=20)
-    for x, y in digits()[0]:
-        schedule.step(model)
-        model.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        averaged.update_parameters(model)
-    for quantizer in quantizers(averaged.module.eval()).values():
-        actual, expected = quantizer.calculate_qparams(), quantizer.observer.calculate_qparams()
-        assert all(map(torch.equal, actual, expected)), quantizer.name
-    test = digits()[1]
-    accuracy = qt.evaluate(qt.convert(averaged.module), test, progress=False)
-    assert accuracy >= qt.evaluate(trained(), test, progress=False) - 0.01
