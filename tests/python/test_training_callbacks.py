@@ -106,7 +106,7 @@ def test_lightning_trainer_follows_the_schedule(package, tmp_path):
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(task, digits()[0])
+    trainer.fit(task, torch.utils.data.DataLoader(digits()[0], batch_size=None))
     assert task.model.states == EXPECTED
 
 
