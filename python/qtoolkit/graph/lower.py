@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.graph.fuse_qat import unfuse_qat
 from qtoolkit.graph.modules import called_module, free_name
 from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.patterns import Match
@@ -50,6 +51,7 @@ class _Lowering:
         self.shared: dict[int, tuple[object, QuantizedModule]] = {}
 
     def run(self) -> None:
+        unfuse_qat(self.module)
         matches = {match.output: match for match in find_matches(self.module)}
         inner = {node for match in matches.values() for node in match.nodes}
         for node in list(self.graph.nodes):
