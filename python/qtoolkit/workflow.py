@@ -87,12 +87,12 @@ def prepare_qat(
     training).
 
     Weights and activations are fake-quantized, each as its ``TensorSpec.method`` says: with
-    straight-through gradients (Jacob et al. 2018, section 3), or with scales that are learned. Every
-    format of the table trains; those without an integer kernel stay simulated in float when the
-    model is converted. Batch norms stay ordinary layers that see the statistics of the quantized network,
-    and are folded by ``convert``. Parameters keep their names. The copy is in training mode;
-    control flow that depends on the mode is traced as in evaluation. The model itself is not
-    changed.
+    straight-through gradients (Jacob et al. 2018, section 3), or with scales that are learned.
+    Every format of the table trains; those without an integer kernel stay simulated in float when
+    the model is converted. Batch norms stay ordinary layers that see the statistics of the
+    quantized network, and are folded by ``convert``. Parameters keep their names. The copy is in
+    training mode; control flow that depends on the mode is traced as in evaluation. The model
+    itself is not changed.
 
     Args:
         model: the float model, usually trained.

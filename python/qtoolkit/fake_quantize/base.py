@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -97,9 +96,7 @@ class FakeQuantize(QuantizationState):
                 f"{kind}: use method {' or '.join(map(repr, methods_for(kind)))}"
             )
         if spec.granularity not in cls.granularities:
-            return (
-                f"is for granularity {' or '.join(cls.granularities)}, not {spec.granularity}"
-            )
+            return f"is for granularity {' or '.join(cls.granularities)}, not {spec.granularity}"
         return None
 
     @property
@@ -198,7 +195,9 @@ class FakeQuantize(QuantizationState):
         scale = scale.reshape(-1).expand(channels).contiguous()
         zeros = torch.zeros(channels, dtype=torch.int32, device=x.device)
         low, high = self.spec.quant_min, self.spec.quant_max
-        codes = ops.quantize_per_channel(x.detach().float().contiguous(), scale, zeros, 0, low, high)
+        codes = ops.quantize_per_channel(
+            x.detach().float().contiguous(), scale, zeros, 0, low, high
+        )
         return codes, scale
 
     def freeze(self) -> None:
@@ -274,14 +273,17 @@ class FakeQuantize(QuantizationState):
         if isinstance(state, Tensor):
             self._check_same_spec(state, prefix)
         for name in self.resizable:
-            own, incoming = getattr(self, name, None), state_dict.get(prefix + name)
-            if isinstance(own, Tensor) and isinstance(incoming, Tensor):
-                # A tensor of no elements waits for its shape.
-                if own.numel() and incoming.numel() and own.shape != incoming.shape:
-                    raise ValueError(
-                        f"the checkpoint is of another model: {prefix}{name} has shape "
-                        f"{tuple(incoming.shape)} there and {tuple(own.shape)} here"
-                    )
+            # A tensor of no elements waits for its shape.
+            shapes = [
+                tuple(tensor.shape)
+                for tensor in (state_dict.get(prefix + name), getattr(self, name, None))
+                if isinstance(tensor, Tensor) and tensor.numel()
+            ]
+            if len(set(shapes)) > 1:
+                raise ValueError(
+                    f"the checkpoint is of another model: {prefix}{name} has shape {shapes[0]} "
+                    f"there and {shapes[1]} here"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_same_spec(self, state: Tensor, prefix: str) -> None:

@@ -44,7 +44,8 @@ def quantize_weight(weight: Tensor, spec: TensorSpec, name: str) -> IntegerWeigh
 def fold_scale(weight: IntegerWeight, factor: Tensor) -> IntegerWeight:
     """The weight times a factor per output channel, exactly: only signs of codes change.
 
-    Valid where the negated codes fit in int8; a factor of zero gives codes of zero at the old scale.
+    Valid where the negated codes fit in int8; a factor of zero gives codes of zero at the old
+    scale.
     """
     sign = torch.sign(factor).to(torch.int8)
     codes = weight.codes * sign.reshape(-1, *([1] * (weight.codes.dim() - 1)))
@@ -57,10 +58,36 @@ def fold_scale(weight: IntegerWeight, factor: Tensor) -> IntegerWeight:
 _LARGEST_BIAS = 2.0**30
 
 
+def _refine(weight: IntegerWeight, bias: Tensor, x_scale: Tensor) -> IntegerWeight:
+    """The same weight in finer steps, so that the bias is rounded less.
+
+    The codes of a weight of fewer than 8 bits are multiplied, channel by channel, by the factor
+    that fits in int8 and under which the bias comes nearest to a whole number of steps.
+
+    Args:
+        bias: float64 ``[output channels]``.
+        x_scale: float64, 0-dim.
+    """
+    if weight.codes.numel() == 0:
+        return weight
+    largest = max(int(weight.codes.abs().max()), 1)
+    factors = torch.arange(1, 127 // largest + 1, device=bias.device)
+    steps = (x_scale * weight.scale.double()).unsqueeze(1) / factors
+    wanted = bias.unsqueeze(1) / steps
+    error = (wanted - wanted.round()).abs() * steps
+    factor = factors[error.argmin(dim=1)]
+    shape = (-1, *([1] * (weight.codes.dim() - 1)))
+    codes = (weight.codes * factor.reshape(shape)).to(torch.int8)
+    return IntegerWeight(codes, (weight.scale.double() / factor).float())
+
+
 def quantize_bias(
     weight: IntegerWeight, bias: Tensor | None, x_scale: Tensor
 ) -> tuple[IntegerWeight, Tensor | None]:
     """The bias as int32 at scale ``x_scale * weight.scale``.
+
+    The steps of a weight of few bits are too coarse for a bias: with 4 bits its rounding changed
+    2 % of a layer's output codes. So the weight's steps are divided where int8 leaves room for it.
 
     A channel whose weights are so small that its bias would not fit gets a larger weight scale (its
     codes are rounded again), so the weight is returned too.
@@ -69,6 +96,7 @@ def quantize_bias(
         return weight, None
     bias = bias.detach().double()
     x = x_scale.double().reshape(())
+    weight = _refine(weight, bias, x)
     smallest = (bias.abs() / (x * _LARGEST_BIAS)).to(torch.float32)
     scale = torch.maximum(weight.scale, smallest)
     if not torch.equal(scale, weight.scale):

@@ -98,9 +98,9 @@ class Observer(QuantizationState):
 
         Raises:
             TypeError: x is not a floating-point tensor.
-            ValueError: x is empty, or holds NaN or Inf and `on_nonfinite` is "error". On an accelerator, and in compiled code,
-                NaN and Inf are recorded and reported by `calculate_qparams`, as a check here would
-                wait for the device.
+            ValueError: x is empty, or holds NaN or Inf and `on_nonfinite` is "error". On an
+                accelerator, and in compiled code, NaN and Inf are recorded and reported by
+                `calculate_qparams`, as a check here would wait for the device.
         """
         if not self.enabled:
             return x
@@ -196,7 +196,8 @@ class Observer(QuantizationState):
         if readable and not self._warned:
             self._warned = True
             warnings.warn(
-                f"observer{self._for_name()}: the data holds NaN or Inf and is skipped", stacklevel=2
+                f"observer{self._for_name()}: the data holds NaN or Inf and is skipped",
+                stacklevel=2,
             )
         return (
             torch.where(finite, min_val, float("inf")),
