@@ -46,9 +46,13 @@ class MeasuredFakeQuantize(FakeQuantize):
             if buffer.shape != value.shape:
                 buffer.resize_(value.shape)
             buffer.copy_(value)
+        self.note_measured()
+        return values
+
+    def note_measured(self) -> None:
+        """Sets `ready` after data came, be it here or in an operator that does the same."""
         if not self._ready:
             self.ready = self._has_measured()
-        return values
 
     def _has_measured(self) -> bool:
         """False while all data was NaN or Inf; True where knowing would wait for a device."""

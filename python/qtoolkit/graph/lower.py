@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.graph.fuse_qat import unfuse_qat
 from qtoolkit.graph.modules import called_module, free_name
 from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.patterns import Match
@@ -53,6 +54,7 @@ class _Lowering:
         self.shared: dict[int, tuple[object, QuantizedModule]] = {}
 
     def run(self) -> None:
+        unfuse_qat(self.module)
         matches = {match.output: match for match in find_matches(self.module)}
         inner = {node for match in matches.values() for node in match.nodes}
         for node in list(self.graph.nodes):
@@ -99,7 +101,10 @@ class _Lowering:
         if any(self.replaced.get(node, node) not in self.codes for node in match.inputs):
             return "its input is of a format without an integer kernel"
         observer = self._observer_after(match.output)
-        return None if observer is None else activation_without_kernel(observer.spec)
+        if observer is None:
+            return None
+        assert isinstance(observer, Observer | FakeQuantize | SharedObserver)
+        return activation_without_kernel(observer.spec)
 
     def _simulate_layer(self, match: Match, source: str, reason: str) -> None:
         """Keeps a layer in float, its weight fake-quantized as in training."""

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.graph.capture import Capture, Uncaptured
+from qtoolkit.graph.fuse_qat import fuse_qat
 from qtoolkit.graph.modules import called_module, free_name, graph_modules
 from qtoolkit.graph.normalize import (
     float_node,
@@ -65,6 +66,8 @@ def prepare_model(
         _prepare_graph(module, f"{name}." if name else "", mapping, report, seen, qat=qat)
     _warn_of_unused_names(mapping, seen)
     if qat:
+        for _, module in graph_modules(captured):
+            fuse_qat(module)
         captured.train()
     for child in captured.modules():
         if isinstance(child, FakeQuantize):
