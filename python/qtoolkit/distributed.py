@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.fake_quantize import FakeQuantize, ObservedFakeQuantize
 from qtoolkit.observers import Observer
 from qtoolkit.observers.base import range_to_qparams
 
@@ -215,7 +215,7 @@ class _Member:
 
     Attributes:
         name: its dotted name.
-        module: a batch norm, an observer, or a FakeQuantize (for parameters that it learns).
+        module: a batch norm, an observer, or a FakeQuantize that has its scale from elsewhere.
         quantizer: the FakeQuantize that takes its scale from the observer.
     """
 
@@ -227,21 +227,30 @@ class _Member:
         """Names of the tensors that are exchanged."""
         module = self.module
         if isinstance(module, FakeQuantize):
-            # Learned from the first batch on; after it DDP keeps them equal, FSDP from the start.
-            own = module._parameters.items()
-            return tuple(k for k, p in own if p is not None and not hasattr(p, "full_tensor"))
+            # Learned from the first batch on: later DDP keeps them equal, and FSDP from the start.
+            own = {**module._parameters, **module._buffers}
+            return tuple(
+                name
+                for name, tensor in own.items()
+                if tensor is not None and name != "_seen" and not hasattr(tensor, "full_tensor")
+            )
         names = module._buffers if isinstance(module, Observer) else _BATCH_NORM_STATISTICS
         return tuple(name for name in names if getattr(module, name) is not None)
 
     def frozen(self) -> bool:
         """Whether the state is to stay as it is."""
-        if self.quantizer is not None:
-            return not self.quantizer.observing
+        owner = self.owner()
+        if owner is not None:
+            return not owner.observing
         return isinstance(self.module, Observer) and not self.module.enabled
+
+    def owner(self) -> FakeQuantize | None:
+        """The FakeQuantize that the member is, or belongs to."""
+        return self.module if isinstance(self.module, FakeQuantize) else self.quantizer
 
     def flags(self) -> tuple[bool, bool, bool]:
         """How the module is switched: frozen, whether it rounds, whether it has seen data."""
-        owner = self.module if isinstance(self.module, FakeQuantize) else self.quantizer
+        owner = self.owner()
         if owner is not None:
             return not owner.observing, owner.fake_quantizing, owner.ready
         if isinstance(self.module, _BatchNorm):
@@ -255,11 +264,13 @@ def _members(model: nn.Module) -> list[_Member]:
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantize):
-            observer = module.observer
             inside.update(module.modules())
-            if not module.is_weight:
-                if observer is not None:
-                    members.append(_Member(name, observer, module))
+            if module.is_weight:
+                continue
+            if isinstance(module, ObservedFakeQuantize):
+                assert module.observer is not None
+                members.append(_Member(name, module.observer, module))
+            else:
                 members.append(_Member(name, module))
         elif isinstance(module, Observer | _BatchNorm) and module not in inside:
             members.append(_Member(name, module))
@@ -348,8 +359,9 @@ class _Exchange:
 
     def _share_readiness(self, ready: list[int]) -> None:
         for member, anywhere in zip(self.members, ready):
-            if member.quantizer is not None and anywhere:
-                member.quantizer.ready = True
+            owner = member.owner()
+            if owner is not None and anywhere:
+                owner.ready = True
 
 
 def _facts(tensor: Tensor) -> tuple[object, ...]:

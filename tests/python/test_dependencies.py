@@ -38,7 +38,7 @@ CPP_STANDARD = """
 # Modules of python/qtoolkit, from the lowest layer up; the longest name that fits a module counts.
 PYTHON_LAYERS = [
     {"_version", "_C", "_library"},
-    {"ops", "formats", "progress", "observers.registry"},
+    {"ops", "formats", "progress", "observers.registry", "fake_quantize.registry"},
     {"qconfig"},
     {"observers"},
     {"fake_quantize"},

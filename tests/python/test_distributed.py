@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qtoolkit as qt
+from qtoolkit.fake_quantize import FakeQuantize, register_fake_quantize
 
 X = torch.randn(2, 1, 8, 8)
 
@@ -55,8 +56,8 @@ def accuracy(model: nn.Module) -> float:
     return qt.evaluate(model, digits()[1], progress=False)
 
 
-def prepared(model: nn.Module | None = None) -> nn.Module:
-    mapping = qt.get_default_qat_qconfig_mapping("x86")
+def prepared(model: nn.Module | None = None, target: str = "x86") -> nn.Module:
+    mapping = qt.get_default_qat_qconfig_mapping(target)
     return qt.prepare_qat(model or trained(), mapping, example_inputs=(X,))
 
 
@@ -105,7 +106,7 @@ def one_step(rank: int, weights: Any) -> Any:
         "quantizers": {
             name: (module.scale, module.zero_point, module.observer.calculate_qparams())
             for name, module in qat.named_modules()
-            if isinstance(module, qt.FakeQuantize) and not module.is_weight
+            if isinstance(module, FakeQuantize) and not module.is_weight
         },
         "batches": qat.bn1.num_batches_tracked - weights["bn1.num_batches_tracked"],
     }
@@ -160,6 +161,49 @@ class Branching(nn.Module):
         return self.tail(x.mean((2, 3)))
 
 
+@register_fake_quantize("first_batch")
+class FirstBatch(FakeQuantize):
+    """Learns a scale that begins with the greatest value of the first batch."""
+
+    def __init__(self, spec: qt.TensorSpec, name: str = "", *, is_weight: bool | None = None):
+        super().__init__(spec, name, is_weight=is_weight)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1))
+
+    def _observe(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.ready:
+            self.scale.data.copy_(x.detach().abs().max() / self.spec.quant_max)
+            self.ready = True
+        return self._known()
+
+    def _quantize(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        scaled = x / parameters[0]
+        rounded = scaled.round().clamp(self.spec.quant_min, self.spec.quant_max)
+        return (scaled + (rounded - scaled).detach()) * parameters[0]
+
+
+def learned(rank: int, weights: Any) -> Any:
+    model = ResNet()
+    model.load_state_dict(weights)
+    activation = qt.TensorSpec("int8", symmetric=True, method="first_batch")
+    weight = qt.get_default_qat_qconfig_mapping("x86").global_qconfig.weight
+    mapping = qt.QConfigMapping().set_global(qt.QConfig(activation, weight))
+    qat = qt.prepare_qat(model, mapping, example_inputs=(X,))
+    wrapped = DistributedDataParallel(qat)
+    wrapped(2 * share(rank)[0][0] * (1 + rank))  # other values on each rank
+    begun = qat.x_fake_quantize.scale.item()
+    fit(wrapped, share(rank)[:3])
+    return begun, state(qat), state(qt.convert(wrapped))
+
+
+def test_learned_scales_begin_alike_on_all_ranks():
+    first, second = on_ranks(learned, trained().state_dict())
+    assert first[0] == second[0] == pytest.approx(3 / 127, rel=1e-6)
+    assert first[1]["x_fake_quantize.scale"].item() != first[0]
+    assert differences(first[1], second[1]) == []
+    assert differences(first[2], second[2]) == []
+
+
 def scheduled(rank: int) -> Any:
     torch.manual_seed(0)
     qat = prepared(Branching())
@@ -191,7 +235,7 @@ def copied_graphs(rank: int, weights: Any) -> Any:
     model.load_state_dict(weights)
     qat = prepared(model)
     results = []
-    compiled = torch.compile(qat, backend="aot_eager")
+    compiled = torch.compile(qat, backend="eager")
     for each in (copy.deepcopy(qat), pickle.loads(pickle.dumps(qat)), compiled):
         fit(DistributedDataParallel(each, broadcast_buffers=False), share(rank)[:3])
         results.append((state(qt.distributed.unwrapped(each)), state(qt.convert(each))))
@@ -209,10 +253,11 @@ def test_copies_pickles_and_compiled_models_synchronise():
 def fsdp(rank: int, weights: Any, layers: bool) -> Any:
     model = ResNet()
     model.load_state_dict(weights)
-    qat = prepared(model)
+    # With one scale for a weight, a convolution asks for the batch norm's parameters.
+    qat = prepared(model, "qnnpack" if layers else "x86")
     if layers:
-        for child in qat.modules():
-            if isinstance(child, nn.Conv2d | nn.Linear):
+        for child in list(qat.modules()):
+            if isinstance(child, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 fully_shard(child)
     fully_shard(qat)
     sharded = qat.conv1.weight
