@@ -38,7 +38,8 @@ struct ScaleAndZeroPoint {
 // the middle code. A range of zero gives float32's epsilon as scale.
 inline ScaleAndZeroPoint range_to_qparams(ValueRange range, bool symmetric, int32_t quant_min,
                                           int32_t quant_max) {
-  constexpr float kSmallest = 0x1p-100f;  // its inverse, and products with others, are finite
+  // Its inverse, and products with other scales, are finite.
+  static constexpr float kSmallest = 0x1p-100f;
   const auto valid = [](float scale) {
     return scale == 0.0f ? FLT_EPSILON : std::clamp(scale, kSmallest, FLT_MAX);
   };

@@ -27,6 +27,8 @@ void refuse_all(torch::Library& m) {
                            "add",
                            "requantize",
                            "batch_norm",
+                           "batch_norm_act",
+                           "batch_norm_act_backward",
                            "max_pool2d",
                            "avg_pool2d",
                            "adaptive_avg_pool2d",

@@ -39,12 +39,14 @@ from qtoolkit.ops.statistics import (
     min_max,
     min_max_per_channel,
 )
+from qtoolkit.ops.training import batch_norm_act
 
 __all__ = [
     "adaptive_avg_pool2d",
     "add",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_act",
     "cat",
     "conv2d",
     "dequantize_per_channel",
