@@ -34,6 +34,22 @@ def conv_args(geometry: str, **extra: object) -> tuple:
     return tuple({**make_case(geometry), **case, **extra}.values())
 
 
+def batch_norm_args(x: Tensor, residual: Tensor | None = None, training: bool = True) -> tuple:
+    """With everything that is changed in place where `training`, with nothing else."""
+    weight, bias = torch.rand(3).requires_grad_(), torch.rand(3).requires_grad_()
+    batch_norm = (weight, bias, torch.zeros(3), torch.ones(3))
+    if training:
+        state = (torch.tensor(-1.0), torch.tensor(2.0), S.clone(), Z.clone())
+        return (x, *batch_norm, residual, True, 0.1, 1e-5, True, 6.0, *state, 0.01, False, 0, 255)
+    no_range = (None, None, None, None, 0.0, False, 0, 255)
+    return (x, *batch_norm, residual, False, 0.1, 1e-5, False, None, *no_range)
+
+
+def batch_norm_backward_args(x: Tensor, output_mask: list[bool]) -> tuple:
+    mask = random_codes(((x.numel() + 7) // 8,))
+    return (x.flip(0), x, None, torch.zeros(3), torch.ones(3), mask, True, output_mask)
+
+
 SAMPLES = {
     "quantize_per_tensor": [
         (floats(), S, Z, 0, 255),
@@ -76,8 +92,50 @@ SAMPLES = {
     ],
     "requantize": [(codes(), S, Z, S, Z, -128, 127, True)],
     "batch_norm": [(codes(), S, Z, torch.ones(3), torch.ones(3), S, Z, 0, 255, False)],
+    "batch_norm_act": [
+        batch_norm_args(floats(True), floats()),
+        batch_norm_args(floats(True).to(memory_format=LAST)),
+        batch_norm_args(floats(True), training=False),
+        (floats(), *[None] * 5, True, 0.1, 1e-5, True, *[None] * 5, 0.0, False, 0, 255),
+    ],
+    "batch_norm_act_backward": [
+        batch_norm_backward_args(floats(), [True] * 4),
+        batch_norm_backward_args(floats().to(memory_format=LAST), [True, False, True, False]),
+    ],
     "max_pool2d": [(codes(), (2, 2), (2, 1), (1, 0), (1, 1), True)],
     "avg_pool2d": [(codes(), S, Z, (2, 2), (), (1, 0), True, False, None, S, Z, -128, 127)],
+    "max_pool2d_train": [
+        (torch.randn(2, 5, 7, 6, requires_grad=True), [3, 2], [2, 2], [1, 1], [1, 1], True),
+    ],
+    "max_pool2d_train_backward": [
+        (
+            torch.randn(1, 3, 2, 2),
+            torch.zeros(1, 3, 2, 2, dtype=torch.uint8),
+            [2, 2],
+            [2, 2],
+            [0, 0],
+            [1, 1],
+            5,
+            4,
+        ),
+    ],
+    "conv2d_train": [
+        (
+            torch.randn(1, 2, 5, 5, requires_grad=True),
+            torch.randn(4, 2, 3, 3, requires_grad=True),
+            torch.randn(4, requires_grad=True),
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+            S,
+            Z,
+            0,
+            255,
+            None,
+            127,
+        ),
+    ],
     "adaptive_avg_pool2d": [(codes(), S, Z, (2, 3), S, Z, 0, 255)],
     "cat": [
         ([codes(), codes()], [S, S], [Z, Z], 1, S, Z, 0, 255),
@@ -98,10 +156,8 @@ def test_every_operator_has_a_sample_and_a_wrapper():
         if schema.name.startswith("qtoolkit::")
     }
     assert registered == set(SAMPLES)
-    assert {name for name in registered if not hasattr(ops, name)} == {
-        "fake_quantize_per_tensor_backward",
-        "fake_quantize_per_channel_backward",
-    }
+    internal = {name for name in registered if not hasattr(ops, name)}
+    assert {name for name in internal if not name.endswith(("_backward", "_mask"))} == set()
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)
