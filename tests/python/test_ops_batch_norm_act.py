@@ -52,7 +52,7 @@ class Layer:
         self.min_val, self.max_val = torch.tensor(math.inf), torch.tensor(-math.inf)
         self.scale, self.zero_point = torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
         self.symmetric = symmetric
-        self.codes = (-128, 127) if symmetric else (0, 255)
+        self.codes = (-127, 127) if symmetric else (0, 255)
 
     def batch_norm(self) -> tuple[Tensor | None, ...]:
         return self.weight, self.bias, self.running_mean, self.running_var
@@ -116,7 +116,8 @@ ACTIVATIONS = [(False, None), (True, None), (True, 1.5)]
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_without_quantization_it_is_torchs(shape, memory_format, with_residual, training):
-    """The sums are in double here and partly in float there: a few units in the last place."""
+    """The sums are in double here and partly in float there: of values up to 10, a few units in
+    the last place, 1e-6 each, which an added residual can cancel to any smaller result."""
     for relu, upper in ACTIVATIONS:
         layer, other = Layer(shape[1]), Layer(shape[1])
         residual = values(shape, memory_format, 9) if with_residual else None
@@ -130,7 +131,7 @@ def test_without_quantization_it_is_torchs(shape, memory_format, with_residual, 
             x2, weight2, bias2, *other.batch_norm()[2:], r2, training=training, relu=relu,
             upper=upper,
         )  # fmt: skip
-        torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
         assert y.stride() == x.stride()
         assert not (mean.requires_grad or invstd.requires_grad or mask.requires_grad)
         torch.testing.assert_close(layer.running_mean, other.running_mean, rtol=1e-6, atol=1e-6)
