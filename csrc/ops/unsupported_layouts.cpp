@@ -22,6 +22,8 @@ void refuse_all(torch::Library& m) {
                            "fake_quantize_mask",
                            "fake_quantize_mask_backward",
                            "fake_quantize_mask_backward_",
+                           "observe_fake_quantize",
+                           "observe_fake_quantize_mask",
                            "min_max",
                            "min_max_per_channel",
                            "histogram",

@@ -1,6 +1,7 @@
 """The operators in PyTorch's machinery: opcheck, Meta, script, export, threads."""
 
 import io
+import math
 import subprocess
 import sys
 
@@ -28,6 +29,10 @@ def channel_qparams() -> tuple[Tensor, Tensor]:
 def group_qparams() -> tuple[Tensor, Tensor]:
     shape = (2, 3, 4, 3)
     return torch.linspace(0.1, 0.9, 72).view(shape), torch.zeros(shape, dtype=torch.int32)
+
+
+def state(low: float = math.inf, high: float = -math.inf) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.tensor(low), torch.tensor(high), scale(1.0), zero_point(0)
 
 
 def codes_of_mask() -> Tensor:
@@ -79,6 +84,11 @@ SAMPLES = {
         (floats(), codes_of_mask(), 0),
         (floats().to(memory_format=LAST), codes_of_mask(), 1),
     ],
+    "observe_fake_quantize": [
+        (floats(True), *state(), 0.1, 0, 255, False),
+        (floats().to(memory_format=LAST), *state(-1.0, 2.0), 0.1, -127, 127, True),
+    ],
+    "observe_fake_quantize_mask": [(floats(), *state(), 0.1, 0, 255, False)],
     "min_max": [(floats(),)],
     "min_max_per_channel": [(floats(), 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
@@ -126,6 +136,7 @@ def test_every_operator_has_a_sample_and_a_wrapper():
         "fake_quantize_mask",
         "fake_quantize_mask_backward",
         "fake_quantize_mask_backward_",
+        "observe_fake_quantize_mask",
     }
 
 

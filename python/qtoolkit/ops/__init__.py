@@ -20,6 +20,7 @@ from qtoolkit.ops.fake_quantize import (
     fake_quantize_per_group,
     fake_quantize_per_tensor,
     fake_quantize_relu,
+    observe_fake_quantize,
 )
 from qtoolkit.ops.integer import (
     adaptive_avg_pool2d,
@@ -60,6 +61,7 @@ __all__ = [
     "max_pool2d",
     "min_max",
     "min_max_per_channel",
+    "observe_fake_quantize",
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",
