@@ -17,7 +17,10 @@ not finite), zero point or range that does not fit. The message names operator a
 import qtoolkit._library  # noqa: F401  (registers the operators)
 from qtoolkit.ops.fake_quantize import (
     fake_quantize_per_channel,
+    fake_quantize_per_group,
     fake_quantize_per_tensor,
+    fake_quantize_relu,
+    observe_fake_quantize,
 )
 from qtoolkit.ops.integer import (
     adaptive_avg_pool2d,
@@ -53,13 +56,16 @@ __all__ = [
     "dequantize_per_channel",
     "dequantize_per_tensor",
     "fake_quantize_per_channel",
+    "fake_quantize_per_group",
     "fake_quantize_per_tensor",
+    "fake_quantize_relu",
     "histogram",
     "linear",
     "max_pool2d",
     "max_pool2d_train",
     "min_max",
     "min_max_per_channel",
+    "observe_fake_quantize",
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",
