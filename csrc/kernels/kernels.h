@@ -5,6 +5,7 @@
 #include "kernels/elementwise.h"
 #include "kernels/learned.h"
 #include "kernels/pooling.h"
+#include "kernels/pooling_train.h"
 #include "kernels/quantize.h"
 #include "kernels/statistics.h"
 
