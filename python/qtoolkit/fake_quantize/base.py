@@ -173,6 +173,16 @@ class FakeQuantize(QuantizationState):
             raise ValueError(self._nonfinite_message())
         return scale, zero_point
 
+    def code_format(self) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
+        """Scale, int32 zero point and range of the codes that the values of the last call are.
+
+        None where they are no codes per tensor or per output channel. Reads no value on the host.
+        """
+        codes = get_format(self.spec.format).has_codes and self.spec.granularity != "per_group"
+        if not codes or self.spec.axis != 0 or not self.ready or not self.fake_quantizing:
+            return None
+        return *self._qparams(), (self.spec.quant_min, self.spec.quant_max)
+
     def integer_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A weight as codes: the very values that `forward` gives in evaluation, undivided.
 
