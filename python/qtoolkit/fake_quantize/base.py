@@ -69,8 +69,11 @@ class FakeQuantize(QuantizationState):
         super().__init__()
         self.spec = spec
         self.is_weight = spec.granularity != "per_tensor" if is_weight is None else is_weight
+        problem = self.problem_as(spec, "weight" if self.is_weight else "activation")
+        if problem is not None and is_weight is not None:
+            raise ValueError(f"FakeQuantize of {name!r}: {problem}, got {spec}")
         self.observer: Observer | None = None
-        if self.uses_observer(spec) and not self.is_learned_weight():
+        if self.uses_observer(spec):
             self.observer = make_observer(spec, name)
         self._name = name
         self._warned = False
@@ -97,6 +100,15 @@ class FakeQuantize(QuantizationState):
             )
         if spec.granularity not in cls.granularities:
             return f"is for granularity {' or '.join(cls.granularities)}, not {spec.granularity}"
+        return None
+
+    @classmethod
+    def problem_as(cls, spec: TensorSpec, role: str) -> str | None:
+        """Why the method is not for an "activation" or a "weight" of a spec, or None."""
+        if role not in cls.roles:
+            return f"method {spec.method!r} is for {' and '.join(f'{r}s' for r in cls.roles)}"
+        if role == "activation" and spec.granularity != "per_tensor":
+            return "activations are quantized per tensor"
         return None
 
     @property
@@ -245,10 +257,6 @@ class FakeQuantize(QuantizationState):
             )
 
     # What a method implements.
-
-    def is_learned_weight(self) -> bool:
-        """Whether the module begins with its own rule for weights instead of an observer."""
-        return False
 
     def _observe(self, x: Tensor) -> tuple[Tensor, ...]:
         """Takes notice of x, sets `ready` and returns what to quantize x with."""
