@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtoolkit.fake_quantize import ON_NONFINITE, FakeQuantize
+from qtoolkit.fake_quantize import ON_NONFINITE
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer, prepare_model
 from qtoolkit.graph.report import get_report, model_inputs, set_report
-from qtoolkit.nn.qat.batch_norm import _FreezableBatchNorm
 from qtoolkit.progress import batch_bar
 from qtoolkit.qconfig import (
     QConfigMapping,
@@ -223,39 +222,3 @@ def convert(prepared: nn.Module) -> nn.Module:
         if parameter.is_leaf:  # those inside a TorchScript module are not
             parameter.requires_grad_(False)
     return quantized.eval()
-
-
-def freeze_bn(model: nn.Module) -> nn.Module:
-    """Makes the batch norms of a QAT model use their running statistics from now on, also in
-    training.
-
-    Returns the model, changed in place.
-
-    Raises:
-        ValueError: the model is not the result of ``prepare_qat``.
-    """
-    _require_qat(model, "freeze_bn")
-    for module in model.modules():
-        if isinstance(module, _FreezableBatchNorm):
-            module.freeze()
-    return model
-
-
-def freeze_observers(model: nn.Module) -> nn.Module:
-    """Keeps the ranges of a QAT model as they are from now on, also in training.
-
-    Returns the model, changed in place.
-
-    Raises:
-        ValueError: the model is not the result of ``prepare_qat``.
-    """
-    _require_qat(model, "freeze_observers")
-    for module in model.modules():
-        if isinstance(module, FakeQuantize):
-            module.freeze()
-    return model
-
-
-def _require_qat(model: nn.Module, function: str) -> None:
-    if not any(isinstance(module, FakeQuantize) for module in model.modules()):
-        raise ValueError(f"{function} needs the result of qt.prepare_qat")

@@ -43,8 +43,9 @@ PYTHON_LAYERS = [
     {"observers"},
     {"fake_quantize"},
     {"nn"},
+    {"distributed"},
     {"graph"},
-    {"workflow", "export", "metrics", "explain", "compare"},
+    {"workflow", "training", "export", "metrics", "explain", "compare"},
     {""},  # the package itself
 ]
 MAY_NAME_TORCH_OPS = {"ops", "_library"}

@@ -124,6 +124,11 @@ class Observer(QuantizationState):
         """The least and greatest value that the quantized tensor should represent."""
         return self.min_val, self.max_val
 
+    @classmethod
+    def range_is_state(cls) -> bool:
+        """Whether `value_range` is min_val and max_val, element by element, as by default."""
+        return cls.value_range is Observer.value_range
+
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32): 0-dim per tensor, [channels] per channel.
 

@@ -94,7 +94,7 @@ class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
             weight,
             self.bias,
             list(self.stride),
-            list(self.padding),
+            list(self.padding),  # type: ignore[arg-type]
             list(self.dilation),
             self.groups,
             x_scale,
