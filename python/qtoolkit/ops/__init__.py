@@ -17,7 +17,9 @@ not finite), zero point or range that does not fit. The message names operator a
 import qtoolkit._library  # noqa: F401  (registers the operators)
 from qtoolkit.ops.fake_quantize import (
     fake_quantize_per_channel,
+    fake_quantize_per_group,
     fake_quantize_per_tensor,
+    fake_quantize_relu,
 )
 from qtoolkit.ops.integer import (
     adaptive_avg_pool2d,
@@ -55,7 +57,9 @@ __all__ = [
     "fake_quantize_lsq",
     "fake_quantize_pact",
     "fake_quantize_per_channel",
+    "fake_quantize_per_group",
     "fake_quantize_per_tensor",
+    "fake_quantize_relu",
     "histogram",
     "linear",
     "max_pool2d",
