@@ -2,7 +2,10 @@
 #pragma once
 
 #include "kernels/conv2d.h"
+#include "kernels/convert.h"
 #include "kernels/elementwise.h"
+#include "kernels/fake_quantize.h"
+#include "kernels/learned.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"

@@ -25,6 +25,26 @@ def channel_qparams() -> tuple[Tensor, Tensor]:
     return torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 5, -6], dtype=torch.int32)
 
 
+def group_qparams() -> tuple[Tensor, Tensor]:
+    shape = (2, 3, 4, 3)
+    return torch.linspace(0.1, 0.9, 72).view(shape), torch.zeros(shape, dtype=torch.int32)
+
+
+def codes_of_mask() -> Tensor:
+    return random_codes((15,))
+
+
+def parameter(*value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+PAIR = (torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def parameters() -> tuple[Tensor, ...]:
+    return tuple(p.clone().requires_grad_() for p in PAIR)
+
+
 def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
     return random_codes((2, 3, 4, 5), dtype)
 
@@ -48,13 +68,46 @@ SAMPLES = {
         (floats().half(), S, Z, 0, 255),
     ],
     "fake_quantize_per_channel": [(floats(True), *channel_qparams(), 1, -128, 127)],
-    "fake_quantize_per_tensor_backward": [
-        (floats(True), floats(), S, Z, 0, 255),
-        (floats(), floats().to(memory_format=LAST), S, Z, 0, 255),
+    "fake_quantize_per_group": [
+        (floats(True), *group_qparams(), 2, -8, 7),
+        (floats().to(memory_format=LAST), *group_qparams(), 2, -8, 7),
     ],
-    "fake_quantize_per_channel_backward": [
-        (floats(True), floats(), *channel_qparams(), 1, -128, 127)
+    "fake_quantize_relu": [
+        (floats(True), S, Z, 0, 255),
+        (floats().to(memory_format=LAST), S, Z, -128, 127),
     ],
+    "fake_quantize_mask": [
+        (floats(), S, Z, None, None, 0, 255, False),
+        (floats().to(memory_format=LAST), *channel_qparams(), 1, None, -128, 127, True),
+        (floats().to(memory_format=LAST), *group_qparams(), None, 2, -8, 7, False),
+    ],
+    "fake_quantize_mask_backward": [
+        (floats(True), codes_of_mask(), 0),
+        (floats(), codes_of_mask(), 1),
+        (floats().bfloat16(), codes_of_mask(), 0),
+    ],
+    "fake_quantize_mask_backward_": [
+        (floats(), codes_of_mask(), 0),
+        (floats().to(memory_format=LAST), codes_of_mask(), 1),
+    ],
+    "fake_quantize_lsq": [
+        (floats(True), parameter(0.5), None, None, -8, 7, 0.1),
+        (floats(True).to(memory_format=LAST), *parameters(), 1, 0, 15, 1.0),
+        (floats().half(), torch.tensor([0.5]), torch.tensor([1.0]), None, -8, 7, 1.0),
+    ],
+    "fake_quantize_lsq_backward": [
+        (floats(), floats(), torch.tensor([0.5]), None, None, -8, 7, 0.1),
+        (floats(), floats().to(memory_format=LAST), *PAIR, 1, 0, 15, 1.0),
+    ],
+    "fake_quantize_lsq_backward_": [
+        (floats(), floats(), torch.tensor([0.5]), torch.tensor([1.0]), None, -8, 7, 0.1),
+    ],
+    "fake_quantize_pact": [
+        (floats(True), parameter(3.0), 15),
+        (floats().bfloat16().to(memory_format=LAST), torch.tensor([3.0]), 255),
+    ],
+    "fake_quantize_pact_backward": [(floats(), floats(), torch.tensor([3.0]), 15)],
+    "fake_quantize_pact_backward_": [(floats(), floats(), torch.tensor([3.0]), 15)],
     "min_max": [(floats(),)],
     "min_max_per_channel": [(floats(), 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
@@ -131,7 +184,7 @@ def test_every_operator_has_a_sample_and_a_wrapper():
     }
     assert registered == set(SAMPLES)
     internal = {name for name in registered if not hasattr(ops, name)}
-    assert {name for name in internal if not name.endswith(("_backward", "_mask"))} == set()
+    assert {name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))} == set()
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)
@@ -148,7 +201,7 @@ def test_meta_tells_shape_dtype_and_strides(name, sample):
 
     operator = getattr(torch.ops.qtoolkit, name)
     real, meta = operator(*sample), operator(*map(to_meta, sample))
-    for a, b in zip(*((r,) if isinstance(r, Tensor) else r for r in (real, meta))):
+    for a, b in zip(*((r,) if isinstance(r, Tensor) else r or () for r in (real, meta))):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         assert b.is_meta
 

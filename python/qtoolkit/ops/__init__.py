@@ -17,7 +17,9 @@ not finite), zero point or range that does not fit. The message names operator a
 import qtoolkit._library  # noqa: F401  (registers the operators)
 from qtoolkit.ops.fake_quantize import (
     fake_quantize_per_channel,
+    fake_quantize_per_group,
     fake_quantize_per_tensor,
+    fake_quantize_relu,
 )
 from qtoolkit.ops.integer import (
     adaptive_avg_pool2d,
@@ -34,6 +36,7 @@ from qtoolkit.ops.integer import (
     quantize_per_tensor,
     requantize,
 )
+from qtoolkit.ops.learned import fake_quantize_lsq, fake_quantize_pact
 from qtoolkit.ops.statistics import (
     histogram,
     min_max,
@@ -51,8 +54,12 @@ __all__ = [
     "conv2d_train",
     "dequantize_per_channel",
     "dequantize_per_tensor",
+    "fake_quantize_lsq",
+    "fake_quantize_pact",
     "fake_quantize_per_channel",
+    "fake_quantize_per_group",
     "fake_quantize_per_tensor",
+    "fake_quantize_relu",
     "histogram",
     "linear",
     "max_pool2d",

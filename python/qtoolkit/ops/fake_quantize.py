@@ -45,3 +45,35 @@ def fake_quantize_per_channel(
     return torch.ops.qtoolkit.fake_quantize_per_channel(
         x, scale, zero_point, ch_axis, quant_min, quant_max
     )
+
+
+def fake_quantize_per_group(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """fake_quantize_per_tensor with parameters for each group of elements along the last axis.
+
+    scale and zero_point: [*x.shape[:-1], ceil(x.size(-1) / group_size)]; the last group of a row
+    may be shorter. The result is contiguous.
+    """
+    return torch.ops.qtoolkit.fake_quantize_per_group(
+        x, scale, zero_point, group_size, quant_min, quant_max
+    )
+
+
+def fake_quantize_relu(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """fake_quantize_per_tensor(relu(x)) in one pass.
+
+    The gradient of x is passed where x is above 0 and in the range of the codes.
+    """
+    return torch.ops.qtoolkit.fake_quantize_relu(x, scale, zero_point, quant_min, quant_max)
