@@ -3,6 +3,7 @@
 
 #include "kernels/conv2d.h"
 #include "kernels/elementwise.h"
+#include "kernels/learned.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"

@@ -25,6 +25,17 @@ def channel_qparams() -> tuple[Tensor, Tensor]:
     return torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 5, -6], dtype=torch.int32)
 
 
+def parameter(*value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+PAIR = (torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def parameters() -> tuple[Tensor, ...]:
+    return tuple(p.clone().requires_grad_() for p in PAIR)
+
+
 def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
     return random_codes((2, 3, 4, 5), dtype)
 
@@ -55,6 +66,20 @@ SAMPLES = {
     "fake_quantize_per_channel_backward": [
         (floats(True), floats(), *channel_qparams(), 1, -128, 127)
     ],
+    "fake_quantize_lsq": [
+        (floats(True), parameter(0.5), None, None, -8, 7, 0.1),
+        (floats(True).to(memory_format=LAST), *parameters(), 1, 0, 15, 1.0),
+        (floats().half(), torch.tensor([0.5]), torch.tensor([1.0]), None, -8, 7, 1.0),
+    ],
+    "fake_quantize_lsq_backward": [
+        (floats(), floats(), torch.tensor([0.5]), None, None, -8, 7, 0.1),
+        (floats(), floats().to(memory_format=LAST), *PAIR, 1, 0, 15, 1.0),
+    ],
+    "fake_quantize_pact": [
+        (floats(True), parameter(3.0), 15),
+        (floats().bfloat16().to(memory_format=LAST), torch.tensor([3.0]), 255),
+    ],
+    "fake_quantize_pact_backward": [(floats(), floats(), torch.tensor([3.0]), 15)],
     "min_max": [(floats(),)],
     "min_max_per_channel": [(floats(), 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
