@@ -5,7 +5,6 @@
 
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "core/formats.h"
@@ -82,10 +81,21 @@ py::dict weight_cache_state() {
   return result;
 }
 
-std::vector<std::tuple<std::string, int, int, int>> format_table() {
-  std::vector<std::tuple<std::string, int, int, int>> table;
+std::vector<py::dict> format_table() {
+  std::vector<py::dict> table;
   for (const Format& format : formats()) {
-    table.emplace_back(format.name, format.bits, format.quant_min, format.quant_max);
+    py::dict row;
+    row["name"] = format.name;
+    row["kind"] = format.kind;
+    row["bits"] = format.bits;
+    row["quant_min"] = format.quant_min;
+    row["quant_max"] = format.quant_max;
+    row["mantissa_bits"] = format.mantissa_bits;
+    row["min_exponent"] = format.min_exponent;
+    row["max_value"] = format.max_value;
+    row["block_size"] = format.block_size;
+    row["scale_format"] = format.scale_format;
+    table.push_back(row);
   }
   return table;
 }
@@ -110,7 +120,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_cache_state", weight_cache_state,
         "Packed weights kept now, their bytes, the sets of offsets and multipliers kept with them, "
         "and how often this process has packed a weight.");
-  m.def("formats", format_table, "The number formats: (name, bits, quant_min, quant_max).");
+  m.def("formats", format_table, "The rows of the table of number formats, by column.");
 }
 
 }  // namespace qtoolkit::bindings

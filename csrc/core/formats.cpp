@@ -8,7 +8,7 @@ namespace qtoolkit {
 namespace {
 
 constexpr std::array kFormats = {
-#define QT_FORMAT(name, bits, quant_min, quant_max) Format{#name, bits, quant_min, quant_max},
+#define QT_FORMAT(name, kind, ...) Format{#name, #kind, __VA_ARGS__},
 #include "core/formats.inc"
 #undef QT_FORMAT
 };

@@ -6,6 +6,7 @@
 #include "kernels/elementwise.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/pooling.h"
+#include "kernels/pooling_train.h"
 #include "kernels/quantize.h"
 #include "kernels/statistics.h"
 

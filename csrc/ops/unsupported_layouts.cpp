@@ -35,7 +35,10 @@ void refuse_all(torch::Library& m) {
                            "max_pool2d",
                            "avg_pool2d",
                            "adaptive_avg_pool2d",
-                           "cat"}) {
+                           "cat",
+                           "conv2d_train",
+                           "max_pool2d_train",
+                           "max_pool2d_train_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

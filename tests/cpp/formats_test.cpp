@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -9,16 +10,44 @@
 namespace qtoolkit {
 namespace {
 
-TEST(Formats, RangesFitTheirBits) {
+TEST(Formats, NamesDiffer) {
   std::set<std::string_view> names;
   for (const Format& format : formats()) {
     EXPECT_TRUE(names.insert(format.name).second) << format.name << " twice";
+  }
+}
+
+TEST(Formats, IntegersFillTheirBits) {
+  int count = 0;
+  for (const Format& format : formats()) {
+    if (format.kind != "integer") continue;
+    ++count;
     EXPECT_EQ(format.quant_max - format.quant_min, (1 << format.bits) - 1) << format.name;
     EXPECT_EQ(format.quant_min, format.name[0] == 'u' ? 0 : -(1 << (format.bits - 1)))
         << format.name;
   }
-  EXPECT_EQ(names.count("uint8"), 1u);
-  EXPECT_EQ(names.count("int8"), 1u);
+  EXPECT_EQ(count, 12);
+}
+
+// A sign, exponents from min_exponent on and a mantissa; max_value is reached inside the bits.
+TEST(Formats, FloatsFitTheirBits) {
+  int count = 0;
+  for (const Format& format : formats()) {
+    const bool blocks = format.kind == "block_float";
+    EXPECT_EQ(format.block_size > 0, blocks) << format.name;
+    EXPECT_EQ(!format.scale_format.empty(), blocks) << format.name;
+    EXPECT_EQ(format.mantissa_bits > 0, blocks || format.kind == "float") << format.name;
+    if (format.mantissa_bits == 0) continue;
+    ++count;
+    const int exponents = 1 << (format.bits - 1 - format.mantissa_bits);
+    const int max_exponent = std::ilogb(format.max_value);
+    // One exponent is that of zero, and IEEE formats keep another one for infinity and NaN.
+    const int used = max_exponent - format.min_exponent + 2;
+    EXPECT_TRUE(used == exponents || used == exponents - 1) << format.name;
+    const double steps = std::ldexp(format.max_value, format.mantissa_bits - max_exponent);
+    EXPECT_EQ(steps, std::floor(steps)) << format.name;
+  }
+  EXPECT_EQ(count, 7);
 }
 
 TEST(Formats, AreFoundByName) {

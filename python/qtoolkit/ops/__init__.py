@@ -42,6 +42,7 @@ from qtoolkit.ops.statistics import (
     min_max,
     min_max_per_channel,
 )
+from qtoolkit.ops.training import conv2d_train, max_pool2d_train
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -50,6 +51,7 @@ __all__ = [
     "batch_norm",
     "cat",
     "conv2d",
+    "conv2d_train",
     "dequantize_per_channel",
     "dequantize_per_tensor",
     "fake_quantize_per_channel",
@@ -59,6 +61,7 @@ __all__ = [
     "histogram",
     "linear",
     "max_pool2d",
+    "max_pool2d_train",
     "min_max",
     "min_max_per_channel",
     "observe_fake_quantize",

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit import ops
+from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
+from qtoolkit.nn.kernels import weight_without_kernel
 from qtoolkit.nn.sharing import keep_mark
-from qtoolkit.nn.weights import IntegerWeight, fold_scale, quantize_weight
+from qtoolkit.nn.weights import IntegerWeight, fold_scale
 from qtoolkit.qconfig import TensorSpec
 
 
@@ -30,8 +32,9 @@ class _FakeQuantizedWeight:
     weight_fake_quant: FakeQuantize
 
     def _init_fake_quant(self, spec: TensorSpec, name: str, batch_norm: nn.Module | None) -> None:
-        self.weight_fake_quant = FakeQuantize(spec, name=f"{name}.weight", is_weight=True)
-        commutes = spec.symmetric and spec.granularity == "per_channel"
+        self.weight_fake_quant = make_fake_quantize(spec, f"{name}.weight", is_weight=True)
+        # Where there is no integer kernel the batch norm is not folded at all.
+        commutes = spec.granularity == "per_channel" or weight_without_kernel(spec) is not None
         # In a tuple, so that it is not registered a second time as a child of this module.
         self._folded = () if batch_norm is None or commutes else (batch_norm,)
         self.folds_batch_norm = batch_norm is not None
@@ -57,8 +60,7 @@ class _FakeQuantizedWeight:
         if factor is not None:
             weight = weight * factor.reshape(-1, *([1] * (weight.dim() - 1)))
         self.weight_fake_quant(weight)
-        scale, zero_point = self.weight_fake_quant.calculate_qparams()
-        codes = quantize_weight(weight, scale, zero_point, self.weight_fake_quant.spec)
+        codes = IntegerWeight(*self.weight_fake_quant.integer_codes(weight))
         if batch_norm is None:
             return codes
         wanted = batch_norm_factor(batch_norm).detach()
@@ -66,10 +68,55 @@ class _FakeQuantizedWeight:
 
 
 class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
-    """``nn.Conv2d`` with a fake-quantized weight; parameters keep their names."""
+    """``nn.Conv2d`` with a fake-quantized weight; parameters keep their names.
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+    On CPU it computes in channels_last, and keeps the codes of its input and weight for the
+    backward instead of floats, a quarter of the memory, with the same gradients bit for bit.
+
+    Attributes:
+        keep_codes: False keeps floats, as second derivatives need.
+    """
+
+    keep_codes = True
+
+    def forward(self, input: Tensor, input_fake_quant: FakeQuantize | None = None) -> Tensor:
+        """The convolution; ``input_fake_quant`` is the module that fake-quantized the input."""
+        weight = self.quantized_weight()
+        if input.device.type == "cpu" and input.dim() == 4:
+            input = input.contiguous(memory_format=torch.channels_last)
+        if not self._can_keep_codes(input):
+            return self._conv_forward(input, weight, self.bias)
+        x_scale, x_zero_point, x_range = _code_format(input_fake_quant)
+        weight_scale, _, weight_range = _code_format(self.weight_fake_quant)
+        if self._folded or weight_range[0] != -weight_range[1]:
+            weight_scale, weight_range = None, (-127, 127)
+        return ops.conv2d_train(
+            input,
+            weight,
+            self.bias,
+            list(self.stride),
+            list(self.padding),  # type: ignore[arg-type]
+            list(self.dilation),
+            self.groups,
+            x_scale,
+            x_zero_point,
+            *x_range,
+            weight_scale,
+            weight_range[1],
+        )
+
+    def _can_keep_codes(self, input: Tensor) -> bool:
+        return (
+            self.keep_codes
+            and torch.is_grad_enabled()
+            and input.device.type == "cpu"
+            and input.dtype == self.weight.dtype == torch.float32
+            and input.dim() == 4
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
 
 
 class Linear(_FakeQuantizedWeight, nn.Linear):
@@ -77,6 +124,17 @@ class Linear(_FakeQuantizedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.quantized_weight(), self.bias)
+
+
+def _code_format(
+    fake_quant: FakeQuantize | None,
+) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
+    """Scale, zero point and range of the codes of what a module fake-quantized; None if there are
+    none."""
+    codes = None if fake_quant is None else fake_quant.code_parameters()
+    if fake_quant is None or codes is None:
+        return None, None, (0, 255)
+    return *codes, (fake_quant.spec.quant_min, fake_quant.spec.quant_max)
 
 
 def make_conv2d(
@@ -114,10 +172,8 @@ def _adopt(
     keep_mark(module, result)
     result._init_fake_quant(spec, name, batch_norm)
     result.weight_fake_quant.to(module.weight.device)
+    result.weight_fake_quant.allocate(module.weight)
     result.train(module.training)
-    # A first range, so that no buffer changes its shape later (averaged copies rely on that).
-    with torch.no_grad():
-        result.quantized_weight()
     return result
 
 

@@ -1,0 +1,148 @@
+"""The QAT graph runs fused operators, and is taken apart again for convert."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from networks import Kinds, ResNet, digits, settle, trained
+from torch import Tensor, nn
+
+import qtoolkit as qt
+from qtoolkit.graph.fuse_qat import fuse_qat, unfuse_qat
+from qtoolkit.nn.qat import fused
+
+X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def prepared() -> nn.Module:
+    return qt.prepare_qat(trained(), example_inputs=(X,))
+
+
+def targets(model: nn.Module) -> list[object]:
+    return [node.target for node in model.graph.nodes]
+
+
+def step(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_every_batch_norm_and_pool_of_a_resnet_is_fused():
+    model = prepared()
+    assert targets(model).count(fused.batch_norm_act) == 6
+    assert targets(model).count(fused.max_pool2d) == 1
+    called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    assert not any(name.endswith(("bn1", "bn2", "relu", "maxpool")) for name in called)
+
+
+def test_unfusing_gives_back_the_calls_of_the_modules():
+    model = prepared()
+    unfuse_qat(model)
+    called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    assert called[1:6] == ["conv1", "bn1", "relu", "relu_fake_quantize", "maxpool"]
+    assert fused.batch_norm_act not in targets(model)
+    before = [(node.op, str(node.target)) for node in model.graph.nodes]
+    fuse_qat(model)
+    unfuse_qat(model)
+    assert [(node.op, str(node.target)) for node in model.graph.nodes] == before
+
+
+def test_fused_training_is_the_training_of_the_modules():
+    one, other = prepared(), prepared()
+    unfuse_qat(other)
+    for x, y in digits()[0][:3]:
+        loss, grads = step(one, x, y)
+        expected, expected_grads = step(other, x, y)
+        assert torch.allclose(loss, expected, rtol=1e-3)
+        for name, grad in grads.items():
+            error = (grad - expected_grads[name]).norm() / expected_grads[name].norm()
+            assert error < 0.02, name  # a value at the edge of two codes may take the other one
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, "pickle"])
+def test_copies_stay_fused_and_convert(make):
+    model = prepared()
+    step(model, *digits()[0][0])
+    if make == "pickle":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = make(model)
+    assert targets(other).count(fused.batch_norm_act) == 6
+    x = digits()[1][0][0]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), other.eval()(x))
+        assert torch.equal(qt.convert(model)(x), qt.convert(other)(x))
+
+
+def test_hooks_on_fused_modules_are_called():
+    model = prepared()
+    seen = []
+    model.bn1.register_forward_hook(lambda *_: seen.append("bn1"))
+    model.layer1.relu.register_forward_pre_hook(lambda *_: seen.append("relu"))
+    model(X)
+    assert seen == ["bn1", "relu"]
+
+
+def test_a_module_put_in_the_place_of_a_fused_one_is_called():
+    model = prepared()
+    model(X)
+
+    class Doubled(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model.bn1 = Doubled()
+    model.eval()
+    before = model(X)
+    model.bn1 = nn.Identity()
+    assert not torch.equal(model(X), before)
+
+
+def test_images_are_channels_last_inside_and_contiguous_outside():
+    class Segmentation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.head(x).view(x.size(0), 4, -1, 5)
+
+    x = torch.randn(2, 3, 6, 5)
+    model = qt.prepare_qat(Segmentation(), example_inputs=(x,))
+    seen = []
+    model.get_submodule("head").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    y = model(x)
+    assert y.is_contiguous()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_residuals_activations_and_layouts_of_all_kinds_train():
+    model = settle(Kinds(), (8, 3, 32, 32))
+    torch.manual_seed(0)
+    qat = qt.prepare_qat(model, example_inputs=(torch.randn(2, 3, 32, 32),))
+    other = copy.deepcopy(qat)
+    unfuse_qat(other)
+    x = torch.randn(8, 3, 32, 32)
+    torch.manual_seed(1)
+    y = qat(x)
+    torch.manual_seed(1)
+    assert torch.allclose(y, other(x), rtol=1e-2, atol=2e-2)
+    y.sum().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in qat.parameters())
+
+
+def test_a_float_checkpoint_loads_into_the_fused_model():
+    model = ResNet()
+    prepared().load_state_dict(model.state_dict(), strict=True)
