@@ -37,23 +37,27 @@ from qtoolkit.ops.integer import (
     quantize_per_tensor,
     requantize,
 )
+from qtoolkit.ops.learned import fake_quantize_lsq, fake_quantize_pact
 from qtoolkit.ops.statistics import (
     histogram,
     min_max,
     min_max_per_channel,
 )
-from qtoolkit.ops.training import conv2d_train, max_pool2d_train
+from qtoolkit.ops.training import batch_norm_act, conv2d_train, max_pool2d_train
 
 __all__ = [
     "adaptive_avg_pool2d",
     "add",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_act",
     "cat",
     "conv2d",
     "conv2d_train",
     "dequantize_per_channel",
     "dequantize_per_tensor",
+    "fake_quantize_lsq",
+    "fake_quantize_pact",
     "fake_quantize_per_channel",
     "fake_quantize_per_group",
     "fake_quantize_per_tensor",
