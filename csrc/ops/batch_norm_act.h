@@ -14,8 +14,8 @@ namespace qtoolkit::ops {
 
 using BatchNormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The operator batch_norm_act_backward on the CPU. With overwrite_grad the memory of grad may become
-// a result's: nobody else may see it.
+// The operator batch_norm_act_backward on the CPU. With overwrite_grad the memory of grad may
+// become a result's: nobody else may see it.
 BatchNormGradients batch_norm_act_backward(const Tensor& grad, const Tensor& x,
                                            const OptionalTensor& weight, const Tensor& mean,
                                            const Tensor& invstd, const Tensor& mask, bool training,
