@@ -15,6 +15,7 @@ from qtoolkit.compare import compare
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
+from qtoolkit.presets import low_bit_qconfig_mapping
 from qtoolkit.qconfig import (
     QConfig,
     QConfigMapping,
@@ -53,6 +54,7 @@ __all__ = [
     "freeze_observers",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
+    "low_bit_qconfig_mapping",
     "model_size",
     "nn",
     "observers",

@@ -184,7 +184,9 @@ def test_every_operator_has_a_sample_and_a_wrapper():
     }
     assert registered == set(SAMPLES)
     internal = {name for name in registered if not hasattr(ops, name)}
-    assert {name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))} == set()
+    assert {
+        name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))
+    } == set()
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)
