@@ -1,6 +1,7 @@
 // Declares every kernel and every path of it: qtoolkit::kernels::<path>::<kernel>.
 #pragma once
 
+#include "kernels/batch_norm.h"
 #include "kernels/conv2d.h"
 #include "kernels/convert.h"
 #include "kernels/elementwise.h"

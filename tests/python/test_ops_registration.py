@@ -1,6 +1,7 @@
 """The operators in PyTorch's machinery: opcheck, Meta, script, export, threads."""
 
 import io
+import math
 import subprocess
 import sys
 
@@ -30,6 +31,10 @@ def group_qparams() -> tuple[Tensor, Tensor]:
     return torch.linspace(0.1, 0.9, 72).view(shape), torch.zeros(shape, dtype=torch.int32)
 
 
+def state(low: float = math.inf, high: float = -math.inf) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.tensor(low), torch.tensor(high), scale(1.0), zero_point(0)
+
+
 def codes_of_mask() -> Tensor:
     return random_codes((15,))
 
@@ -52,6 +57,22 @@ def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
 def conv_args(geometry: str, **extra: object) -> tuple:
     case = {"relu": False, "residual": None, "residual_scale": None, "residual_zero_point": None}
     return tuple({**make_case(geometry), **case, **extra}.values())
+
+
+def batch_norm_args(x: Tensor, residual: Tensor | None = None, training: bool = True) -> tuple:
+    """With everything that is changed in place where `training`, with nothing else."""
+    weight, bias = torch.rand(3).requires_grad_(), torch.rand(3).requires_grad_()
+    batch_norm = (weight, bias, torch.zeros(3), torch.ones(3))
+    if training:
+        state = (torch.tensor(-1.0), torch.tensor(2.0), S.clone(), Z.clone())
+        return (x, *batch_norm, residual, True, 0.1, 1e-5, True, 6.0, *state, 0.01, False, 0, 255)
+    no_range = (None, None, None, None, 0.0, False, 0, 255)
+    return (x, *batch_norm, residual, False, 0.1, 1e-5, False, None, *no_range)
+
+
+def batch_norm_backward_args(x: Tensor, output_mask: list[bool]) -> tuple:
+    mask = random_codes(((x.numel() + 7) // 8,))
+    return (x.flip(0), x, None, torch.zeros(3), torch.ones(3), mask, True, output_mask)
 
 
 SAMPLES = {
@@ -90,6 +111,11 @@ SAMPLES = {
         (floats(), codes_of_mask(), 0),
         (floats().to(memory_format=LAST), codes_of_mask(), 1),
     ],
+    "observe_fake_quantize": [
+        (floats(True), *state(), 0.1, 0, 255, False),
+        (floats().to(memory_format=LAST), *state(-1.0, 2.0), 0.1, -127, 127, True),
+    ],
+    "observe_fake_quantize_mask": [(floats(), *state(), 0.1, 0, 255, False)],
     "fake_quantize_lsq": [
         (floats(True), parameter(0.5), None, None, -8, 7, 0.1),
         (floats(True).to(memory_format=LAST), *parameters(), 1, 0, 15, 1.0),
@@ -129,6 +155,16 @@ SAMPLES = {
     ],
     "requantize": [(codes(), S, Z, S, Z, -128, 127, True)],
     "batch_norm": [(codes(), S, Z, torch.ones(3), torch.ones(3), S, Z, 0, 255, False)],
+    "batch_norm_act": [
+        batch_norm_args(floats(True), floats()),
+        batch_norm_args(floats(True).to(memory_format=LAST)),
+        batch_norm_args(floats(True), training=False),
+        (floats(), *[None] * 5, True, 0.1, 1e-5, True, *[None] * 5, 0.0, False, 0, 255),
+    ],
+    "batch_norm_act_backward": [
+        batch_norm_backward_args(floats(), [True] * 4),
+        batch_norm_backward_args(floats().to(memory_format=LAST), [True, False, True, False]),
+    ],
     "max_pool2d": [(codes(), (2, 2), (2, 1), (1, 0), (1, 1), True)],
     "avg_pool2d": [(codes(), S, Z, (2, 2), (), (1, 0), True, False, None, S, Z, -128, 127)],
     "max_pool2d_train": [

@@ -20,6 +20,7 @@ from qtoolkit.ops.fake_quantize import (
     fake_quantize_per_group,
     fake_quantize_per_tensor,
     fake_quantize_relu,
+    observe_fake_quantize,
 )
 from qtoolkit.ops.integer import (
     adaptive_avg_pool2d,
@@ -42,13 +43,14 @@ from qtoolkit.ops.statistics import (
     min_max,
     min_max_per_channel,
 )
-from qtoolkit.ops.training import conv2d_train, max_pool2d_train
+from qtoolkit.ops.training import batch_norm_act, conv2d_train, max_pool2d_train
 
 __all__ = [
     "adaptive_avg_pool2d",
     "add",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_act",
     "cat",
     "conv2d",
     "conv2d_train",
@@ -66,6 +68,7 @@ __all__ = [
     "max_pool2d_train",
     "min_max",
     "min_max_per_channel",
+    "observe_fake_quantize",
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",
