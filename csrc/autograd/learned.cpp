@@ -1,19 +1,16 @@
 // The gradients of fake-quantize with learned parameters. Rounding is straight-through, so a second
 // derivative would say nothing of the function: the backward operators' backward is an error.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
+#include "autograd/straight_through.h"
+
 namespace qtoolkit::autograd {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 using TensorTriple = std::tuple<Tensor, Tensor, Tensor>;
 using TensorPair = std::tuple<Tensor, Tensor>;
@@ -24,13 +21,20 @@ using Lsq = Tensor(const Tensor& x, const Tensor& scale, const OptionalTensor& z
 using LsqBackward = TensorTriple(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                  const OptionalTensor& zero_point, std::optional<int64_t> ch_axis,
                                  int64_t quant_min, int64_t quant_max, double grad_scale);
+using LsqBackwardInPlace = TensorPair(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                      const OptionalTensor& zero_point,
+                                      std::optional<int64_t> ch_axis, int64_t quant_min,
+                                      int64_t quant_max, double grad_scale);
 using Pact = Tensor(const Tensor& x, const Tensor& alpha, int64_t quant_max);
 using PactBackward = TensorPair(const Tensor& grad, const Tensor& x, const Tensor& alpha,
                                 int64_t quant_max);
+using PactBackwardInPlace = Tensor(const Tensor& grad, const Tensor& x, const Tensor& alpha,
+                                   int64_t quant_max);
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// Whether the gradient of x may take the place of grad.
+bool may_overwrite(const Tensor& grad, const Tensor& x) {
+  return nobody_else_sees(grad) && grad.scalar_type() == x.scalar_type() &&
+         grad.is_contiguous(x.suggest_memory_format());
 }
 
 [[noreturn]] void no_second_derivative(const char* op) {
@@ -61,15 +65,26 @@ struct LsqFunction : torch::autograd::Function<LsqFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(7);
     const variable_list saved = ctx->get_saved_variables();
-    const bool shifted = saved[2].defined();
-    const auto ch_axis = ctx->saved_data.find("ch_axis");
-    static const auto op = find<LsqBackward>("qtoolkit::fake_quantize_lsq_backward");
-    const auto [grad_x, grad_scale, grad_zero_point] = op.call(
-        grads[0], saved[0], saved[1], shifted ? OptionalTensor(saved[2]) : std::nullopt,
-        ch_axis == ctx->saved_data.end() ? std::nullopt : std::optional(ch_axis->second.toInt()),
-        ctx->saved_data["quant_min"].toInt(), ctx->saved_data["quant_max"].toInt(),
-        ctx->saved_data["grad_scale"].toDouble());
-    return {grad_x, grad_scale, shifted ? grad_zero_point : Tensor(), {}, {}, {}, {}};
+    const auto& x = saved[0];
+    const OptionalTensor zero_point = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const auto found = ctx->saved_data.find("ch_axis");
+    const auto ch_axis = found == ctx->saved_data.end() ? std::optional<int64_t>()
+                                                        : std::optional(found->second.toInt());
+    const int64_t quant_min = ctx->saved_data["quant_min"].toInt();
+    const int64_t quant_max = ctx->saved_data["quant_max"].toInt();
+    const double factor = ctx->saved_data["grad_scale"].toDouble();
+    Tensor grad_x, grad_scale, grad_zero_point;
+    if (may_overwrite(grads[0], x)) {
+      static const auto op = find<LsqBackwardInPlace>("qtoolkit::fake_quantize_lsq_backward_");
+      std::tie(grad_scale, grad_zero_point) =
+          op.call(grads[0], x, saved[1], zero_point, ch_axis, quant_min, quant_max, factor);
+      grad_x = grads[0];
+    } else {
+      static const auto op = find<LsqBackward>("qtoolkit::fake_quantize_lsq_backward");
+      std::tie(grad_x, grad_scale, grad_zero_point) =
+          op.call(grads[0], x, saved[1], zero_point, ch_axis, quant_min, quant_max, factor);
+    }
+    return {grad_x, grad_scale, zero_point ? grad_zero_point : Tensor(), {}, {}, {}, {}};
   }
 };
 
@@ -125,9 +140,14 @@ struct PactFunction : torch::autograd::Function<PactFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(3);
     const variable_list saved = ctx->get_saved_variables();
+    const int64_t quant_max = ctx->saved_data["quant_max"].toInt();
+    if (may_overwrite(grads[0], saved[0])) {
+      static const auto op = find<PactBackwardInPlace>("qtoolkit::fake_quantize_pact_backward_");
+      const Tensor grad_alpha = op.call(grads[0], saved[0], saved[1], quant_max);
+      return {grads[0], grad_alpha, {}};
+    }
     static const auto op = find<PactBackward>("qtoolkit::fake_quantize_pact_backward");
-    const auto [grad_x, grad_alpha] =
-        op.call(grads[0], saved[0], saved[1], ctx->saved_data["quant_max"].toInt());
+    const auto [grad_x, grad_alpha] = op.call(grads[0], saved[0], saved[1], quant_max);
     return {grad_x, grad_alpha, {}};
   }
 };

@@ -17,7 +17,7 @@ struct SumArgs {
   int64_t channels = 1;
   const float* x = nullptr;
   const float* grad = nullptr;
-  float* grad_x = nullptr;
+  float* grad_x = nullptr;  // may be grad
 };
 
 // Where low <= rne(x * inverse_scale) <= high, grad_x = grad and the term of scale_sums is

@@ -5,15 +5,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "kernels/quantize.h"
+#include "kernels/convert.h"
 #include "ops/checks.h"
 #include "ops/layout.h"
 #include "ops/parallel.h"
+#include "ops/straight_through.h"
 
 namespace qtoolkit::ops {
 namespace {
@@ -51,8 +51,16 @@ void check_learned(const char* op, const char* argument, const Tensor& learned, 
 void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
   check_float(op, "grad", grad);
   check_device(op, "grad", grad, x);
-  TORCH_CHECK_VALUE(grad.sym_sizes() == x.sym_sizes(), "qtoolkit::", op,
-                    ": grad must have the shape of x, got ", describe(grad), " and ", describe(x));
+  TORCH_CHECK_VALUE(grad.sym_sizes() == x.sym_sizes() && grad.scalar_type() == x.scalar_type(),
+                    "qtoolkit::", op, ": grad must have the shape and type of x, got ",
+                    describe(grad), " and ", describe(x));
+}
+
+// grad is to be overwritten.
+void check_grad_inplace(const char* op, const Tensor& grad, const Tensor& x) {
+  check_grad(op, grad, x);
+  TORCH_CHECK_VALUE(grad.is_contiguous_or_false(x.suggest_memory_format()), "qtoolkit::", op,
+                    "_: grad must be dense in the layout of x, got strides ", grad.sym_strides());
 }
 
 void check_lsq(const char* op, const Tensor& x, const Tensor& scale,
@@ -117,18 +125,8 @@ LsqValues read_lsq(const char* op, const Tensor& x, const Tensor& scale,
   return values;
 }
 
-Tensor empty_like_x(const Tensor& x, at::ScalarType dtype) {
-  return empty_beside(x, x.sym_sizes(), dtype, x.suggest_memory_format());
-}
-
-Tensor run_forward(const Tensor& x, kernels::QuantizeArgs args) {
-  const Tensor dense = x.to(at::kFloat).contiguous(x.suggest_memory_format());
-  const Tensor y = empty_like_x(x, at::kFloat);
-  args.x = dense.const_data_ptr<float>();
-  args.y = y.mutable_data_ptr<float>();
-  at::parallel_for(0, x.numel(), kElementGrain,
-                   [&](int64_t begin, int64_t end) { kernels::fake_quantize(args, begin, end); });
-  return y.to(x.scalar_type());
+Tensor empty_like_x(const Tensor& x) {
+  return empty_beside(x, x.sym_sizes(), x.scalar_type(), x.suggest_memory_format());
 }
 
 // --- the backward: blocks of a fixed size, each with sums of its own -----------------------------
@@ -177,35 +175,57 @@ std::vector<double> combine(const Blocks& blocks, const std::vector<double>& of_
   return sums;
 }
 
-// Calls run(args, block, i) for all blocks.
+// Calls run(args, block, i) for all blocks of tensors of one type and layout; grad_x may be grad.
 template <class Run>
-Tensor for_each_block(const Tensor& grad, const Tensor& x, const Blocks& blocks, const Run& run) {
-  const at::MemoryFormat format = x.suggest_memory_format();
-  const Tensor dense = x.to(at::kFloat).contiguous(format);
-  const Tensor dense_grad = grad.to(at::kFloat).contiguous(format);
-  const Tensor grad_x = empty_like_x(x, at::kFloat);
-  const float* from_x = dense.const_data_ptr<float>();
-  const float* from_grad = dense_grad.const_data_ptr<float>();
-  float* to = grad_x.mutable_data_ptr<float>();
-  at::parallel_for(0, blocks.count, grain_of(kElementGrain, blocks.elements()),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) {
-                       const Block block = blocks[i];
-                       run({.channels = block.channels,
-                            .x = from_x + block.first,
-                            .grad = from_grad + block.first,
-                            .grad_x = to + block.first},
-                           block, i);
-                     }
-                   });
-  return grad_x.to(x.scalar_type());
+void for_each_block(const Tensor& grad_x, const Tensor& grad, const Tensor& x, const Blocks& blocks,
+                    const Run& run) {
+  const int64_t grain = grain_of(kElementGrain, blocks.elements());
+  if (x.scalar_type() == at::kFloat) {
+    const float* from_x = x.const_data_ptr<float>();
+    const float* from_grad = grad.const_data_ptr<float>();
+    float* to = grad_x.mutable_data_ptr<float>();
+    at::parallel_for(0, blocks.count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Block block = blocks[i];
+        run({.channels = block.channels,
+             .x = from_x + block.first,
+             .grad = from_grad + block.first,
+             .grad_x = to + block.first},
+            block, i);
+      }
+    });
+    return;
+  }
+  const bool bfloat16 = x.scalar_type() == at::kBFloat16;
+  const auto* from_x = static_cast<const uint16_t*>(x.const_data_ptr());
+  const auto* from_grad = static_cast<const uint16_t*>(grad.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(grad_x.mutable_data_ptr());
+  at::parallel_for(0, blocks.count, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> own_x(static_cast<size_t>(blocks.elements())), own_grad(own_x.size());
+    for (int64_t i = begin; i < end; ++i) {
+      const Block block = blocks[i];
+      const int64_t count = block.rows * block.channels;
+      kernels::to_float({bfloat16, from_x + block.first, own_x.data()}, 0, count);
+      kernels::to_float({bfloat16, from_grad + block.first, own_grad.data()}, 0, count);
+      run({.channels = block.channels,
+           .x = own_x.data(),
+           .grad = own_grad.data(),
+           .grad_x = own_grad.data()},
+          block, i);
+      kernels::from_float(
+          {.bfloat16 = bfloat16, .float_in = own_grad.data(), .half_out = to + block.first}, 0,
+          count);
+    }
+  });
 }
 
-// A float32 tensor like `learned`. A NaN's bits depend on the order of operands, so it is given
-// new ones.
+Tensor gradient_like(const Tensor& learned) {
+  return empty_beside(learned, learned.sym_sizes(), at::kFloat, at::MemoryFormat::Contiguous);
+}
+
+// A NaN's bits depend on the order of operands, so it is given new ones.
 Tensor gradient_of(const Tensor& learned, const std::vector<double>& values) {
-  const Tensor result =
-      empty_beside(learned, learned.sym_sizes(), at::kFloat, at::MemoryFormat::Contiguous);
+  const Tensor result = gradient_like(learned);
   float* to = result.mutable_data_ptr<float>();
   for (size_t c = 0; c < values.size(); ++c) {
     to[c] = std::isnan(values[c]) ? std::numeric_limits<float>::quiet_NaN()
@@ -221,7 +241,7 @@ Tensor fake_quantize_lsq_meta(const Tensor& x, const Tensor& scale,
                               const OptionalTensor& zero_point, std::optional<int64_t> ch_axis,
                               int64_t quant_min, int64_t quant_max, double grad_scale) {
   check_lsq(kLsq, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
-  return empty_like_x(x, x.scalar_type());
+  return empty_like_x(x);
 }
 
 Tensor fake_quantize_lsq_cpu(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point,
@@ -230,12 +250,20 @@ Tensor fake_quantize_lsq_cpu(const Tensor& x, const Tensor& scale, const Optiona
   check_lsq(kLsq, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
   const CodeRange range = check_quant_range(kLsq, quant_min, quant_max);
   const LsqValues values = read_lsq(kLsq, x, scale, zero_point, ch_axis, range);
-  return run_forward(x, {.channels = values.view.channels,
-                         .inner = values.view.inner,
-                         .scale = values.scale.data(),
-                         .zero_point = values.zero_point.data(),
-                         .quant_min = range.min,
-                         .quant_max = range.max});
+  const Tensor y = empty_like_x(x);
+  fake_quantize_into(y, {}, x.contiguous(x.suggest_memory_format()),
+                     {.channels = values.view.channels,
+                      .inner = values.view.inner,
+                      .group = values.view.inner,
+                      .scale = values.scale.data(),
+                      .zero_point = values.zero_point.data(),
+                      .quant_min = range.min,
+                      .quant_max = range.max});
+  return y;
+}
+
+Tensor no_gradient(const Tensor& x) {
+  return empty_beside(x, {c10::SymInt(0)}, at::kFloat, at::MemoryFormat::Contiguous);
 }
 
 TensorTriple fake_quantize_lsq_backward_meta(const Tensor& grad, const Tensor& x,
@@ -244,19 +272,23 @@ TensorTriple fake_quantize_lsq_backward_meta(const Tensor& grad, const Tensor& x
                                              int64_t quant_max, double grad_scale) {
   check_lsq(kLsqBackward, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
   check_grad(kLsqBackward, grad, x);
-  const auto format = at::MemoryFormat::Contiguous;
-  return {empty_like_x(x, x.scalar_type()),
-          empty_beside(scale, scale.sym_sizes(), at::kFloat, format),
-          zero_point ? empty_beside(scale, zero_point->sym_sizes(), at::kFloat, format)
-                     : empty_beside(scale, {c10::SymInt(0)}, at::kFloat, format)};
+  return {empty_like_x(x), gradient_like(scale),
+          zero_point ? gradient_like(*zero_point) : no_gradient(x)};
 }
 
-TensorTriple fake_quantize_lsq_backward_cpu(const Tensor& grad, const Tensor& x,
-                                            const Tensor& scale, const OptionalTensor& zero_point,
-                                            std::optional<int64_t> ch_axis, int64_t quant_min,
-                                            int64_t quant_max, double grad_scale) {
+TensorPair fake_quantize_lsq_backward_inplace_meta(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point,
+    std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, double grad_scale) {
   check_lsq(kLsqBackward, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
-  check_grad(kLsqBackward, grad, x);
+  check_grad_inplace(kLsqBackward, grad, x);
+  return {gradient_like(scale), zero_point ? gradient_like(*zero_point) : no_gradient(x)};
+}
+
+// Writes grad_x, which may be grad, and returns the gradients of scale and zero_point.
+TensorPair lsq_backward(const Tensor& grad_x, const Tensor& grad, const Tensor& x,
+                        const Tensor& scale, const OptionalTensor& zero_point,
+                        std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max,
+                        double grad_scale) {
   const CodeRange range = check_quant_range(kLsqBackward, quant_min, quant_max);
   const LsqValues values = read_lsq(kLsqBackward, x, scale, zero_point, ch_axis, range);
   std::vector<float> inverse, low, high;
@@ -268,27 +300,49 @@ TensorTriple fake_quantize_lsq_backward_cpu(const Tensor& grad, const Tensor& x,
   const Blocks blocks(values.view);
   std::vector<double> scale_parts(static_cast<size_t>(blocks.count * blocks.sums_in_block()));
   std::vector<double> outside_parts(scale_parts.size());
-  const Tensor grad_x =
-      for_each_block(grad, x, blocks, [&](kernels::SumArgs sum, const Block& block, int64_t i) {
-        const int64_t part = i * blocks.sums_in_block();
-        kernels::fake_quantize_lsq_backward({.sum = sum,
-                                             .inverse_scale = inverse.data() + block.channel,
-                                             .low = low.data() + block.channel,
-                                             .high = high.data() + block.channel,
-                                             .scale_sums = scale_parts.data() + part,
-                                             .outside_sums = outside_parts.data() + part},
-                                            0, block.rows);
-      });
+  const at::MemoryFormat format = x.suggest_memory_format();
+  for_each_block(grad_x, grad.contiguous(format), x.contiguous(format), blocks,
+                 [&](const kernels::SumArgs& sum, const Block& block, int64_t i) {
+                   const int64_t part = i * blocks.sums_in_block();
+                   kernels::fake_quantize_lsq_backward(
+                       {.sum = sum,
+                        .inverse_scale = inverse.data() + block.channel,
+                        .low = low.data() + block.channel,
+                        .high = high.data() + block.channel,
+                        .scale_sums = scale_parts.data() + part,
+                        .outside_sums = outside_parts.data() + part},
+                       0, block.rows);
+                 });
   std::vector<double> scale_sums = combine(blocks, scale_parts);
   std::vector<double> outside_sums = combine(blocks, outside_parts);
   for (size_t c = 0; c < scale_sums.size(); ++c) {
     scale_sums[c] *= grad_scale * sign_of(values.learned_scale[c]);
     outside_sums[c] *= -grad_scale * values.scale[c];
   }
-  return {grad_x, gradient_of(scale, scale_sums),
-          zero_point
-              ? gradient_of(*zero_point, outside_sums)
-              : empty_beside(scale, {c10::SymInt(0)}, at::kFloat, at::MemoryFormat::Contiguous)};
+  return {gradient_of(scale, scale_sums),
+          zero_point ? gradient_of(*zero_point, outside_sums) : no_gradient(x)};
+}
+
+TensorTriple fake_quantize_lsq_backward_cpu(const Tensor& grad, const Tensor& x,
+                                            const Tensor& scale, const OptionalTensor& zero_point,
+                                            std::optional<int64_t> ch_axis, int64_t quant_min,
+                                            int64_t quant_max, double grad_scale) {
+  check_lsq(kLsqBackward, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
+  check_grad(kLsqBackward, grad, x);
+  const Tensor grad_x = empty_like_x(x);
+  const auto [grad_of_scale, grad_of_zero_point] =
+      lsq_backward(grad_x, grad, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
+  return {grad_x, grad_of_scale, grad_of_zero_point};
+}
+
+TensorPair fake_quantize_lsq_backward_inplace_cpu(const Tensor& grad, const Tensor& x,
+                                                  const Tensor& scale,
+                                                  const OptionalTensor& zero_point,
+                                                  std::optional<int64_t> ch_axis, int64_t quant_min,
+                                                  int64_t quant_max, double grad_scale) {
+  check_lsq(kLsqBackward, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
+  check_grad_inplace(kLsqBackward, grad, x);
+  return lsq_backward(grad, grad, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
 }
 
 // --- PACT
@@ -296,7 +350,7 @@ TensorTriple fake_quantize_lsq_backward_cpu(const Tensor& grad, const Tensor& x,
 
 Tensor fake_quantize_pact_meta(const Tensor& x, const Tensor& alpha, int64_t quant_max) {
   check_pact(kPact, x, alpha, quant_max);
-  return empty_like_x(x, x.scalar_type());
+  return empty_like_x(x);
 }
 
 Tensor fake_quantize_pact_cpu(const Tensor& x, const Tensor& alpha, int64_t quant_max) {
@@ -304,36 +358,59 @@ Tensor fake_quantize_pact_cpu(const Tensor& x, const Tensor& alpha, int64_t quan
   const float scale =
       effective(read_finite(kPact, "alpha", alpha)[0]) / static_cast<float>(quant_max);
   const int32_t zero_point = 0;
-  return run_forward(x, {.inner = x.numel(),
-                         .scale = &scale,
-                         .zero_point = &zero_point,
-                         .quant_min = 0,
-                         .quant_max = static_cast<int32_t>(quant_max)});
+  const Tensor y = empty_like_x(x);
+  fake_quantize_into(y, {}, x.contiguous(x.suggest_memory_format()),
+                     {.scale = &scale,
+                      .zero_point = &zero_point,
+                      .quant_min = 0,
+                      .quant_max = static_cast<int32_t>(quant_max)});
+  return y;
 }
 
 TensorPair fake_quantize_pact_backward_meta(const Tensor& grad, const Tensor& x,
                                             const Tensor& alpha, int64_t quant_max) {
   check_pact(kPactBackward, x, alpha, quant_max);
   check_grad(kPactBackward, grad, x);
-  return {empty_like_x(x, x.scalar_type()),
-          empty_beside(alpha, alpha.sym_sizes(), at::kFloat, at::MemoryFormat::Contiguous)};
+  return {empty_like_x(x), gradient_like(alpha)};
+}
+
+Tensor fake_quantize_pact_backward_inplace_meta(const Tensor& grad, const Tensor& x,
+                                                const Tensor& alpha, int64_t quant_max) {
+  check_pact(kPactBackward, x, alpha, quant_max);
+  check_grad_inplace(kPactBackward, grad, x);
+  return gradient_like(alpha);
+}
+
+// Writes grad_x, which may be grad, and returns the gradient of alpha.
+Tensor pact_backward(const Tensor& grad_x, const Tensor& grad, const Tensor& x,
+                     const Tensor& alpha) {
+  const float learned = read_finite(kPactBackward, "alpha", alpha)[0];
+  const Blocks blocks(ChannelView{.inner = x.numel()});
+  std::vector<double> parts(static_cast<size_t>(blocks.count));
+  const at::MemoryFormat format = x.suggest_memory_format();
+  for_each_block(grad_x, grad.contiguous(format), x.contiguous(format), blocks,
+                 [&](const kernels::SumArgs& sum, const Block& block, int64_t i) {
+                   kernels::fake_quantize_pact_backward(
+                       {.sum = sum, .alpha = effective(learned), .alpha_sum = parts.data() + i}, 0,
+                       block.rows);
+                 });
+  return gradient_of(alpha, {combine(blocks, parts)[0] * sign_of(learned)});
 }
 
 TensorPair fake_quantize_pact_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& alpha,
                                            int64_t quant_max) {
   check_pact(kPactBackward, x, alpha, quant_max);
   check_grad(kPactBackward, grad, x);
-  const float learned = read_finite(kPactBackward, "alpha", alpha)[0];
-  const Blocks blocks(ChannelView{.inner = x.numel()});
-  std::vector<double> parts(static_cast<size_t>(blocks.count));
-  const Tensor grad_x =
-      for_each_block(grad, x, blocks, [&](kernels::SumArgs sum, const Block& block, int64_t i) {
-        kernels::fake_quantize_pact_backward(
-            {.sum = sum, .alpha = effective(learned), .alpha_sum = parts.data() + i}, 0,
-            block.rows);
-      });
-  const double total = combine(blocks, parts)[0];
-  return {grad_x, gradient_of(alpha, {total * sign_of(learned)})};
+  const Tensor grad_x = empty_like_x(x);
+  const Tensor grad_alpha = pact_backward(grad_x, grad, x, alpha);
+  return {grad_x, grad_alpha};
+}
+
+Tensor fake_quantize_pact_backward_inplace_cpu(const Tensor& grad, const Tensor& x,
+                                               const Tensor& alpha, int64_t quant_max) {
+  check_pact(kPactBackward, x, alpha, quant_max);
+  check_grad_inplace(kPactBackward, grad, x);
+  return pact_backward(grad, grad, x, alpha);
 }
 
 }  // namespace
@@ -348,23 +425,35 @@ TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
       "fake_quantize_lsq_backward(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, "
       "int? ch_axis, int quant_min, int quant_max, float grad_scale) -> (Tensor, Tensor, Tensor)",
       tags);
+  m.def(
+      "fake_quantize_lsq_backward_(Tensor(a!) grad, Tensor x, Tensor scale, Tensor? zero_point, "
+      "int? ch_axis, int quant_min, int quant_max, float grad_scale) -> (Tensor, Tensor)",
+      tags);
   m.def("fake_quantize_pact(Tensor x, Tensor alpha, int quant_max) -> Tensor", tags);
   m.def(
       "fake_quantize_pact_backward(Tensor grad, Tensor x, Tensor alpha, int quant_max) "
       "-> (Tensor, Tensor)",
       tags);
+  m.def(
+      "fake_quantize_pact_backward_(Tensor(a!) grad, Tensor x, Tensor alpha, int quant_max) "
+      "-> Tensor",
+      tags);
 }
 TORCH_LIBRARY_IMPL(qtoolkit, Meta, m) {
   m.impl("fake_quantize_lsq", fake_quantize_lsq_meta);
   m.impl("fake_quantize_lsq_backward", fake_quantize_lsq_backward_meta);
+  m.impl("fake_quantize_lsq_backward_", fake_quantize_lsq_backward_inplace_meta);
   m.impl("fake_quantize_pact", fake_quantize_pact_meta);
   m.impl("fake_quantize_pact_backward", fake_quantize_pact_backward_meta);
+  m.impl("fake_quantize_pact_backward_", fake_quantize_pact_backward_inplace_meta);
 }
 TORCH_LIBRARY_IMPL(qtoolkit, CPU, m) {
   m.impl("fake_quantize_lsq", fake_quantize_lsq_cpu);
   m.impl("fake_quantize_lsq_backward", fake_quantize_lsq_backward_cpu);
+  m.impl("fake_quantize_lsq_backward_", fake_quantize_lsq_backward_inplace_cpu);
   m.impl("fake_quantize_pact", fake_quantize_pact_cpu);
   m.impl("fake_quantize_pact_backward", fake_quantize_pact_backward_cpu);
+  m.impl("fake_quantize_pact_backward_", fake_quantize_pact_backward_inplace_cpu);
 }
 
 }  // namespace qtoolkit::ops

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "ops/checks.h"
 #include "ops/layout.h"
@@ -39,27 +38,13 @@ __device__ Channel channel_at(const Qparams& qparams, int64_t c) {
 struct Forward {
   const float* x;
 
-  __device__ float operator()(float value, float, const Channel& channel) const {
+  __device__ float operator()(float value, const Channel& channel) const {
     if (isnan(value)) return value;
     float scaled = __fmul_rn(value, channel.inverse);
     scaled = isnan(scaled) ? 0.0f : scaled;  // 0 * Inf, where 1 / scale overflows
     scaled = fminf(fmaxf(scaled, channel.low), channel.high);
     return __fmul_rn(__int2float_rn(__float2int_rn(scaled)), channel.scale);
   }
-  __device__ float grad_at(int64_t) const { return 0.0f; }
-  __device__ float4 grads_at(int64_t) const { return {}; }
-};
-
-struct Backward {
-  const float* x;
-  const float* grad;
-
-  __device__ float operator()(float value, float gradient, const Channel& channel) const {
-    const float rounded = rintf(__fmul_rn(value, channel.inverse));
-    return rounded >= channel.low && rounded <= channel.high ? gradient : 0.0f;
-  }
-  __device__ float grad_at(int64_t i) const { return grad[i]; }
-  __device__ float4 grads_at(int64_t i) const { return reinterpret_cast<const float4*>(grad)[i]; }
 };
 
 // Elements [0, whole) four at a time, [whole, count) one by one; whole is a multiple of 4, and 0
@@ -72,12 +57,11 @@ __global__ void per_tensor_kernel(Body body, Qparams qparams, float* y, int64_t 
   const int64_t step = gridDim.x * static_cast<int64_t>(blockDim.x);
   for (int64_t i = first; i < whole / 4; i += step) {
     const float4 x = reinterpret_cast<const float4*>(body.x)[i];
-    const float4 grad = body.grads_at(i);
-    reinterpret_cast<float4*>(y)[i] = {body(x.x, grad.x, channel), body(x.y, grad.y, channel),
-                                       body(x.z, grad.z, channel), body(x.w, grad.w, channel)};
+    reinterpret_cast<float4*>(y)[i] = {body(x.x, channel), body(x.y, channel), body(x.z, channel),
+                                       body(x.w, channel)};
   }
   for (int64_t i = whole + first; i < count; i += step) {
-    y[i] = body(body.x[i], body.grad_at(i), channel);
+    y[i] = body(body.x[i], channel);
   }
 }
 
@@ -89,7 +73,7 @@ __global__ void per_channel_kernel(Body body, Qparams qparams, float* y, Index c
   const Index step = gridDim.x * static_cast<Index>(blockDim.x);
   for (Index i = blockIdx.x * static_cast<Index>(blockDim.x) + threadIdx.x; i < count; i += step) {
     const Channel channel = channel_at(qparams, i / inner % channels);
-    y[i] = body(body.x[i], body.grad_at(i), channel);
+    y[i] = body(body.x[i], channel);
   }
 }
 
@@ -107,8 +91,7 @@ void launch(const Body& body, const Qparams& qparams, const ChannelView& view, f
   if (count == 0) return;
   const auto stream = c10::cuda::getCurrentCUDAStream();
   if (view.channels == 1) {
-    bool vectors = aligned(body.x) && aligned(y);
-    if constexpr (std::is_same_v<Body, Backward>) vectors = vectors && aligned(body.grad);
+    const bool vectors = aligned(body.x) && aligned(y);
     const int64_t whole = vectors ? count - count % 4 : 0;
     const unsigned blocks = blocks_for(vectors ? (count + 3) / 4 : count);
     per_tensor_kernel<<<blocks, kThreads, 0, stream>>>(body, qparams, y, whole, count);
@@ -134,24 +117,6 @@ Tensor run_forward(const Tensor& x, const Qparams& qparams, const ChannelView& v
   const Tensor y = empty_beside(x, x.sym_sizes(), at::kFloat, format);
   launch(Forward{dense.const_data_ptr<float>()}, qparams, view, y.mutable_data_ptr<float>());
   return y.to(x.scalar_type());
-}
-
-Tensor run_backward(const Tensor& grad, const Tensor& x, const Qparams& qparams,
-                    const ChannelView& view) {
-  const at::MemoryFormat format = x.suggest_memory_format();
-  const Tensor dense = dense_float(x, format);
-  const Tensor dense_grad = dense_float(grad, format);
-  const Tensor y = empty_beside(x, x.sym_sizes(), at::kFloat, format);
-  launch(Backward{dense.const_data_ptr<float>(), dense_grad.const_data_ptr<float>()}, qparams, view,
-         y.mutable_data_ptr<float>());
-  return y.to(grad.scalar_type());
-}
-
-void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
-  check_float(op, "grad", grad);
-  check_device(op, "grad", grad, x);
-  TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "qtoolkit::", op,
-                    ": grad must have the shape of x, got ", describe(grad), " and ", describe(x));
 }
 
 // Calls run(qparams, view) on x's device with checked arguments.
@@ -201,36 +166,11 @@ Tensor fake_quantize_per_channel_cuda(const Tensor& x, const Tensor& scale,
                            });
 }
 
-Tensor fake_quantize_per_tensor_backward_cuda(const Tensor& grad, const Tensor& x,
-                                              const Tensor& scale, const Tensor& zero_point,
-                                              int64_t quant_min, int64_t quant_max) {
-  constexpr const char* op = "fake_quantize_per_tensor_backward";
-  check_grad(op, grad, x);
-  return with_tensor_args(op, x, scale, zero_point, quant_min, quant_max,
-                          [&](const Qparams& qparams, const ChannelView& view) {
-                            return run_backward(grad, x, qparams, view);
-                          });
-}
-
-Tensor fake_quantize_per_channel_backward_cuda(const Tensor& grad, const Tensor& x,
-                                               const Tensor& scale, const Tensor& zero_point,
-                                               int64_t ch_axis, int64_t quant_min,
-                                               int64_t quant_max) {
-  constexpr const char* op = "fake_quantize_per_channel_backward";
-  check_grad(op, grad, x);
-  return with_channel_args(op, x, scale, zero_point, ch_axis, quant_min, quant_max,
-                           [&](const Qparams& qparams, const ChannelView& view) {
-                             return run_backward(grad, x, qparams, view);
-                           });
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(qtoolkit, CUDA, m) {
   m.impl("fake_quantize_per_tensor", fake_quantize_per_tensor_cuda);
   m.impl("fake_quantize_per_channel", fake_quantize_per_channel_cuda);
-  m.impl("fake_quantize_per_tensor_backward", fake_quantize_per_tensor_backward_cuda);
-  m.impl("fake_quantize_per_channel_backward", fake_quantize_per_channel_backward_cuda);
 }
 
 }  // namespace qtoolkit::ops

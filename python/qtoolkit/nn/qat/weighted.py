@@ -177,7 +177,10 @@ def _adopt(
 def batch_norm_factor(batch_norm: Any) -> Tensor:
     """``gamma / sqrt(running_var + eps)``, float32 ``[channels]``."""
     factor = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
-    return factor if batch_norm.weight is None else factor * batch_norm.weight
+    weight = batch_norm.weight
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP2 apart from the layer that asks
+        weight = weight.full_tensor()
+    return factor if weight is None else factor * weight
 
 
 def folded_bias(bias: Tensor | None, batch_norm: Any) -> Tensor:
