@@ -11,8 +11,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """# Benchmarks
 
 Written by `python scripts/update_benchmarks.py` from [benchmarks/results](../benchmarks/results).
-Everything in a table took turns in one run; compare ratios, as absolute times change from machine to
-machine.
+Everything in a table took turns in one run; compare ratios, as absolute times change from machine
+to machine.
 """
 
 

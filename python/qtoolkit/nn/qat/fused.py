@@ -113,7 +113,7 @@ def _run(
         return ops.batch_norm_act(*options)[0], False
     observer, spec = fake_quant.observer, fake_quant.spec
     assert isinstance(observer, MovingAverageMinMaxObserver)
-    observes = fake_quant.observing and fake_quant.training and observer.enabled
+    observes = fake_quant.follows_data() and observer.enabled
     if not observes:
         fake_quant.check_ready()
     y, mean, *_ = ops.batch_norm_act(
