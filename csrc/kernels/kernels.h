@@ -7,6 +7,7 @@
 #include "kernels/elementwise.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/learned.h"
+#include "kernels/low_bit.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"

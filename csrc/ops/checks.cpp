@@ -100,6 +100,22 @@ void check_channel_qparams(const char* op, const Tensor& scale, const Tensor& ze
                     zero_point.sym_sizes());
 }
 
+void check_parameter(const char* op, const char* argument, const Tensor& parameter, const Tensor& x,
+                     std::optional<int64_t> ch_axis) {
+  check_dtype(op, argument, parameter, at::kFloat);
+  check_device(op, argument, parameter, x);
+  if (!ch_axis) {
+    TORCH_CHECK_VALUE(parameter.sym_numel() == 1, "qtoolkit::", op, ": ", argument,
+                      " must hold one element, got ", parameter.sym_sizes(),
+                      "; give ch_axis for one element a channel");
+    return;
+  }
+  const c10::SymInt channels = x.sym_size(check_ch_axis(op, x, *ch_axis));
+  TORCH_CHECK_VALUE(parameter.dim() == 1 && parameter.sym_size(0) == channels, "qtoolkit::", op,
+                    ": ", argument, " must hold one element for each of ", channels,
+                    " channels, got ", parameter.sym_sizes());
+}
+
 int64_t check_ch_axis(const char* op, const Tensor& x, int64_t ch_axis) {
   const int64_t rank = x.dim();
   TORCH_CHECK_VALUE(rank > 0, "qtoolkit::", op, ": x has no dimensions, so ch_axis ", ch_axis,

@@ -56,6 +56,11 @@ void check_qparams(const char* op, const char* prefix, const Tensor& scale,
 void check_channel_qparams(const char* op, const Tensor& scale, const Tensor& zero_point,
                            const Tensor& x, const c10::SymInt& channels);
 
+// A float32 parameter on the device of x, of one element or, with a ch_axis, of one for each
+// channel.
+void check_parameter(const char* op, const char* argument, const Tensor& parameter, const Tensor& x,
+                     std::optional<int64_t> ch_axis);
+
 // ch_axis counted from the front.
 int64_t check_ch_axis(const char* op, const Tensor& x, int64_t ch_axis);
 

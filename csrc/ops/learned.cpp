@@ -32,22 +32,6 @@ constexpr float kLeast = 0x1p-100f;
 float effective(float learned) { return std::max(std::abs(learned), kLeast); }
 float sign_of(float learned) { return std::signbit(learned) ? -1.0f : 1.0f; }
 
-void check_learned(const char* op, const char* argument, const Tensor& learned, const Tensor& x,
-                   std::optional<int64_t> ch_axis) {
-  check_dtype(op, argument, learned, at::kFloat);
-  check_device(op, argument, learned, x);
-  if (!ch_axis) {
-    TORCH_CHECK_VALUE(learned.sym_numel() == 1, "qtoolkit::", op, ": ", argument,
-                      " must hold one element, got ", learned.sym_sizes(),
-                      "; give ch_axis for one element a channel");
-    return;
-  }
-  const c10::SymInt channels = x.sym_size(check_ch_axis(op, x, *ch_axis));
-  TORCH_CHECK_VALUE(learned.dim() == 1 && learned.sym_size(0) == channels, "qtoolkit::", op, ": ",
-                    argument, " must hold one element for each of ", channels, " channels, got ",
-                    learned.sym_sizes());
-}
-
 void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
   check_float(op, "grad", grad);
   check_device(op, "grad", grad, x);
@@ -68,9 +52,9 @@ void check_lsq(const char* op, const Tensor& x, const Tensor& scale,
                int64_t quant_max, double grad_scale) {
   check_float(op, "x", x);
   check_quant_range(op, quant_min, quant_max);
-  check_learned(op, "scale", scale, x, ch_axis);
+  check_parameter(op, "scale", scale, x, ch_axis);
   if (zero_point) {
-    check_learned(op, "zero_point", *zero_point, x, ch_axis);
+    check_parameter(op, "zero_point", *zero_point, x, ch_axis);
   } else {
     TORCH_CHECK_VALUE(quant_min <= 0 && quant_max >= 0, "qtoolkit::", op,
                       ": without a zero_point the codes must include 0, got quant_min ", quant_min,
@@ -83,7 +67,7 @@ void check_lsq(const char* op, const Tensor& x, const Tensor& scale,
 void check_pact(const char* op, const Tensor& x, const Tensor& alpha, int64_t quant_max) {
   check_float(op, "x", x);
   check_quant_range(op, 0, quant_max);
-  check_learned(op, "alpha", alpha, x, std::nullopt);
+  check_parameter(op, "alpha", alpha, x, std::nullopt);
 }
 
 std::vector<float> read_finite(const char* op, const char* argument, const Tensor& tensor) {

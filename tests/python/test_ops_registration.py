@@ -116,6 +116,25 @@ SAMPLES = {
         (floats().to(memory_format=LAST), *state(-1.0, 2.0), 0.1, -127, 127, True),
     ],
     "observe_fake_quantize_mask": [(floats(), *state(), 0.1, 0, 255, False)],
+    "fake_quantize_ternary": [
+        (floats(True), torch.tensor([0.5]), torch.tensor([1.0]), None),
+        (floats().bfloat16().to(memory_format=LAST), *PAIR, 1),
+    ],
+    "fake_quantize_binary": [
+        (floats(True), PAIR[0], 1, 2.0),
+        (floats().to(memory_format=LAST), torch.tensor([0.5]), None, 1.0),
+    ],
+    "fake_quantize_binary_mask": [(floats().to(memory_format=LAST), PAIR[0], 1, 2.0)],
+    "fake_quantize_float": [
+        (floats(True), torch.tensor([0.5]), None, 1, 0, 6.0),
+        (floats(True).to(memory_format=LAST), PAIR[0], -3, 3, -6, 448.0),
+    ],
+    "fake_quantize_float_mask": [(floats().half(), PAIR[0], 1, 1, 0, 6.0)],
+    "fake_quantize_block_float": [
+        (floats(True), None, 2, 1, 0, 6.0, "e8m0"),
+        (floats().to(memory_format=LAST), None, 3, 1, 0, 6.0, "e4m3"),
+        (floats().half(), torch.tensor([0.01]), 16, 1, 0, 6.0, "e4m3"),
+    ],
     "fake_quantize_lsq": [
         (floats(True), parameter(0.5), None, None, -8, 7, 0.1),
         (floats(True).to(memory_format=LAST), *parameters(), 1, 0, 15, 1.0),

@@ -38,6 +38,12 @@ from qtoolkit.ops.integer import (
     requantize,
 )
 from qtoolkit.ops.learned import fake_quantize_lsq, fake_quantize_pact
+from qtoolkit.ops.low_bit import (
+    fake_quantize_binary,
+    fake_quantize_block_float,
+    fake_quantize_float,
+    fake_quantize_ternary,
+)
 from qtoolkit.ops.statistics import (
     histogram,
     min_max,
@@ -56,12 +62,16 @@ __all__ = [
     "conv2d_train",
     "dequantize_per_channel",
     "dequantize_per_tensor",
+    "fake_quantize_binary",
+    "fake_quantize_block_float",
+    "fake_quantize_float",
     "fake_quantize_lsq",
     "fake_quantize_pact",
     "fake_quantize_per_channel",
     "fake_quantize_per_group",
     "fake_quantize_per_tensor",
     "fake_quantize_relu",
+    "fake_quantize_ternary",
     "histogram",
     "linear",
     "max_pool2d",
