@@ -115,11 +115,11 @@ def test_what_has_no_kernel_stays_simulated_and_gives_the_same(name):
     x = images()
     with torch.no_grad():
         expected = qat.eval()(x)
-        assert sqnr(expected, quantized(x)) > 60
+        assert sqnr(expected, quantized(x)) > 45
         # Frozen in place: neither data nor mode change it.
         quantized.train()(100 * x)
         assert torch.equal(quantized.eval()(x), quantized(x))
-        assert sqnr(expected, quantized(x)) > 60
+        assert sqnr(expected, quantized(x)) > 45
     assert not any(parameter.requires_grad for parameter in quantized.parameters())
     with pytest.raises(ValueError, match="already"):
         qt.convert(quantized)

@@ -12,6 +12,8 @@ from qtoolkit.formats import get_format
 from qtoolkit.qconfig import TensorSpec
 
 _EPS = torch.finfo(torch.float32).eps
+# Keeps the largest magnitude, divided by its own scale, from rounding to beyond the format.
+_MARGIN = 1 + 2.0**-22
 # Formats of this width hold the usual values without a scale.
 _SCALED_BITS = 8
 
@@ -54,7 +56,7 @@ class FloatFakeQuantize(MeasuredFakeQuantize):
             return (torch.ones_like(self.scale),)
         self.show_observer(x)
         largest = largest_magnitude(*self.observer.value_range())
-        return (largest / get_format(self.spec.format).max_value,)
+        return (largest / get_format(self.spec.format).max_value * _MARGIN,)
 
     def _quantize(self, x: Tensor, *parameters: Tensor) -> Tensor:
         number_format = get_format(self.spec.format)
