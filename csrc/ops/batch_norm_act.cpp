@@ -202,7 +202,7 @@ void update_running(const Tensor& running, const std::vector<double>& batch, dou
 ValueRange range_of(const kernels::BatchNormArgs& args, int64_t elements) {
   ValueRange range;
   std::mutex mutex;
-  for_element_blocks(elements, [&](int64_t begin, int64_t end) {
+  for_element_blocks(elements, Order::forwards, [&](int64_t begin, int64_t end) {
     ValueRange own;
     kernels::BatchNormArgs block = args;
     block.minimum = &own.min;
@@ -332,8 +332,9 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
     args.quant_min = quantization.codes.min;
     args.quant_max = quantization.codes.max;
   }
-  for_element_blocks(
-      elements, [&](int64_t begin, int64_t end) { kernels::batch_norm_act(args, begin, end); });
+  for_element_blocks(elements, Order::forwards, [&](int64_t begin, int64_t end) {
+    kernels::batch_norm_act(args, begin, end);
+  });
   if (!result.is_same(y)) y.copy_(result);
   return outputs;
 }

@@ -176,5 +176,7 @@ def test_bad_arguments_are_named():
         call(x, [state[0], torch.zeros(2), *state[2:]])
     with pytest.raises(ValueError, match="must be above 0 and at most 1, got 0"):
         ops.observe_fake_quantize(x, *state, 0.0, 0, 255, False)
+    with pytest.raises(ValueError, match=r"must be finite, or .* got nan"):
+        call(x, [torch.tensor(math.nan), torch.tensor(1.0), *state[2:]])
     with pytest.raises(ValueError, match="must not require one"):
         call(x, [state[0].clone().requires_grad_(), *state[1:]])

@@ -324,7 +324,7 @@ def test_forward_mode_has_no_tangent():
     x = values(30)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones(30))
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward AD"):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward AD"):
             ops.fake_quantize_per_tensor(dual, *ARGS)
 
 
