@@ -28,8 +28,8 @@ def trained_qat(mapping: QConfigMapping) -> nn.Module:
         ("uint8", "int6", 45),
         ("uint8", "int4", 45),
         ("int8", "int2", 45),
-        ("uint5", "int4", 35),
-        # One code in a thousand that a rounded bias turns is 30 dB where a code is 1/15.
+        ("uint5", "int4", 45),
+        # The addition of values at one scale meets ties, which float rounding breaks either way.
         ("uint4", "int4", 28),
         ("int4", "int3", 45),
         ("uint2", "int2", 45),
@@ -42,6 +42,25 @@ def test_converted_model_computes_what_training_promised(activation_format, weig
     x = batches((8, 3, 32, 32), 1, seed=7)[0]
     with torch.no_grad():
         assert sqnr(qat(x), quantized(x)) > least
+
+
+def test_low_bit_convolutions_give_the_very_codes_that_were_promised():
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(8):
+        layers += [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.Conv2d(8, 4, 1))
+    mapping = mapping_of(activation("uint4"), weight("int4"))
+    qat = qt.prepare_qat(settle(model, (8, 3, 32, 32)), mapping, example_inputs=(X,))
+    for x in batches((8, 3, 32, 32)):
+        qat(x)
+    x = batches((8, 3, 32, 32), 1, seed=7)[0]
+    with torch.no_grad():
+        promised = qat.eval()(x)
+        converted = qt.convert(qat)(x)
+    # One turned code in the first layers would change hundreds of results.
+    changed = (promised - converted).abs() > 1e-4 * promised.abs().max()
+    assert changed.float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -93,7 +93,8 @@ def test_frozen_batch_norm_uses_and_keeps_its_running_statistics():
     for key, value in qat.state_dict().items():
         assert torch.equal(value, state[key]), key
     assert qat.bn1.weight.grad is not None
-    assert torch.equal(trained_output, qat.eval()(x))
+    # Evaluation rounds biases as the converted model does.
+    assert sqnr(qat.eval()(x), trained_output) > 40
 
 
 def test_per_tensor_weights_are_quantized_with_the_batch_norm_folded_in():
@@ -145,5 +146,5 @@ def test_deepcopy_of_a_qat_model_is_independent():
     qat(X)
     other = copy.deepcopy(qat)
     train(other, 1, 0.01)
-    assert other.conv1._folded[0] is other.bn1
+    assert other.conv1._batch_norm[0] is other.bn1
     assert not torch.equal(other.conv1.weight, qat.conv1.weight)

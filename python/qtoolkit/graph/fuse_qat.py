@@ -16,7 +16,7 @@ from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn import functional
 from qtoolkit.nn.qat import fused
 from qtoolkit.nn.qat.batch_norm import is_freezable
-from qtoolkit.nn.qat.weighted import Conv2d
+from qtoolkit.nn.qat.weighted import Conv2d, Linear
 
 
 def fuse_qat(module: fx.GraphModule) -> None:
@@ -25,7 +25,7 @@ def fuse_qat(module: fx.GraphModule) -> None:
         called = called_module(node, module)
         if isinstance(called, FakeQuantize):
             node.meta.update(node.args[0].meta)
-        if isinstance(called, Conv2d):
+        if isinstance(called, Conv2d | Linear):
             _tell_input_format(node, module)
         elif is_plain(called, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
             _replace([node], fused.max_pool2d, node.args, [str(node.target)], module)
@@ -62,7 +62,7 @@ def unfuse_qat(module: fx.GraphModule) -> None:
                 y = graph.call_module(node.args[1].target, node.args[:1])
             elif node.target is fused.contiguous:
                 y = node.args[0]
-            elif isinstance(called_module(node, module), Conv2d):
+            elif isinstance(called_module(node, module), Conv2d | Linear):
                 node.args = node.args[:1]
                 continue
             else:
@@ -124,7 +124,7 @@ def _fuse_batch_norm(node: fx.Node, module: fx.GraphModule) -> None:
 
 
 def _tell_input_format(node: fx.Node, module: fx.GraphModule) -> None:
-    """Passes the fake-quantize module of its input to a convolution."""
+    """Passes the fake-quantize module of its input to a layer with a weight."""
     source = origin(node.args[0], module) if isinstance(node.args[0], fx.Node) else None
     if source is not None and isinstance(called_module(source, module), FakeQuantize):
         with module.graph.inserting_before(node):

@@ -298,9 +298,9 @@ def _make_batch_norms_freezable(module: fx.GraphModule) -> None:
             set_submodule(module, name, new)
             replaced[id(child)] = new
     for child in module.modules():
-        folded = getattr(child, "_folded", ())
+        folded = getattr(child, "_batch_norm", ())
         if folded:
-            child._folded = tuple(replaced.get(id(norm), norm) for norm in folded)  # type: ignore
+            child._batch_norm = tuple(replaced.get(id(norm), norm) for norm in folded)  # type: ignore
 
 
 def is_observer(module: nn.Module | None) -> bool:

@@ -12,7 +12,7 @@ from qtoolkit import ops
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.nn.kernels import weight_without_kernel
 from qtoolkit.nn.sharing import keep_mark
-from qtoolkit.nn.weights import IntegerWeight, fold_scale
+from qtoolkit.nn.weights import IntegerWeight, fold_scale, quantize_bias
 from qtoolkit.qconfig import TensorSpec
 
 
@@ -29,20 +29,27 @@ class _FakeQuantizedWeight:
     """
 
     weight: Tensor
+    bias: Any
+    training: bool
     weight_fake_quant: FakeQuantize
 
     def _init_fake_quant(self, spec: TensorSpec, name: str, batch_norm: nn.Module | None) -> None:
         self.weight_fake_quant = make_fake_quantize(spec, f"{name}.weight", is_weight=True)
         # Where there is no integer kernel the batch norm is not folded at all.
         commutes = spec.granularity == "per_channel" or weight_without_kernel(spec) is not None
+        self._commutes = commutes
         # In a tuple, so that it is not registered a second time as a child of this module.
-        self._folded = () if batch_norm is None or commutes else (batch_norm,)
-        self.folds_batch_norm = batch_norm is not None
+        self._batch_norm = () if batch_norm is None else (batch_norm,)
+
+    @property
+    def folds_batch_norm(self) -> bool:
+        """Whether ``convert`` folds a batch norm into this layer."""
+        return bool(self._batch_norm)
 
     def _fold_factor(self) -> Tensor | None:
-        if not self._folded:
+        if self._commutes or not self._batch_norm:
             return None
-        factor = batch_norm_factor(self._folded[0]).detach()
+        factor = batch_norm_factor(self._batch_norm[0]).detach()
         return torch.where(factor == 0, torch.ones_like(factor), factor)
 
     def quantized_weight(self) -> Tensor:
@@ -66,6 +73,46 @@ class _FakeQuantizedWeight:
         wanted = batch_norm_factor(batch_norm).detach()
         return fold_scale(codes, wanted if factor is None else wanted / factor)
 
+    def _bias_for(self, x_scale: Tensor | None) -> Tensor | None:
+        """The bias to compute with: in evaluation the one that gives, behind the batch norm, the
+        integer bias of the converted layer.
+
+        The steps of that bias are coarse at low bits, and a code that they change changes more
+        codes in every layer that follows.
+
+        Args:
+            x_scale: of the input's codes, None where it has none.
+        """
+        if x_scale is None or not self._becomes_integer():
+            return self.bias
+        with torch.no_grad():
+            change = self._bias_change(x_scale)
+        return change if self.bias is None or change is None else self.bias + change
+
+    def _becomes_integer(self) -> bool:
+        """Whether evaluation stands for a layer that computes with codes."""
+        return (
+            not self.training
+            and not any(norm.training for norm in self._batch_norm)
+            and weight_without_kernel(self.weight_fake_quant.spec) is None
+            and self.weight_fake_quant.ready
+            and self.weight_fake_quant.fake_quantizing
+            and not torch.compiler.is_compiling()
+        )
+
+    def _bias_change(self, x_scale: Tensor) -> Tensor | None:
+        batch_norm = self._batch_norm[0] if self._batch_norm else None
+        bias = self.bias if batch_norm is None else folded_bias(self.bias, batch_norm)
+        if bias is None:
+            return None
+        weight, codes = quantize_bias(self.integer_weight(batch_norm), bias, x_scale)
+        assert codes is not None
+        change = codes * (x_scale.double() * weight.scale.double()) - bias.double()
+        if batch_norm is not None:
+            factor = batch_norm_factor(batch_norm).double()
+            change = torch.where(factor == 0, 0.0, change / factor)
+        return change.float()
+
 
 class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
     """``nn.Conv2d`` with a fake-quantized weight; parameters keep their names.
@@ -84,15 +131,17 @@ class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
         weight = self.quantized_weight()
         if input.device.type == "cpu" and input.dim() == 4:
             input = input.contiguous(memory_format=torch.channels_last)
-        if not self._can_keep_codes(input):
-            return self._conv_forward(input, weight, self.bias)
         x_scale, x_zero_point, x_range = _code_format(input_fake_quant)
-        weight_fake_quant = None if self._folded else self.weight_fake_quant
+        bias = self._bias_for(x_scale)
+        if not self._can_keep_codes(input):
+            return self._conv_forward(input, weight, bias)
+        folds = self._batch_norm and not self._commutes
+        weight_fake_quant = None if folds else self.weight_fake_quant
         weight_scale, _, weight_range = _code_format(weight_fake_quant)
         return ops.conv2d_train(
             input,
             weight,
-            self.bias,
+            bias,
             list(self.stride),
             list(self.padding),  # type: ignore[arg-type]
             list(self.dilation),
@@ -121,8 +170,10 @@ class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
 class Linear(_FakeQuantizedWeight, nn.Linear):
     """``nn.Linear`` with a fake-quantized weight; parameters keep their names."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor, input_fake_quant: FakeQuantize | None = None) -> Tensor:
+        """The product; ``input_fake_quant`` is the module that fake-quantized the input."""
+        weight = self.quantized_weight()
+        return functional.linear(input, weight, self._bias_for(_code_format(input_fake_quant)[0]))
 
 
 def _code_format(
@@ -177,9 +228,7 @@ def _adopt(
 def batch_norm_factor(batch_norm: Any) -> Tensor:
     """``gamma / sqrt(running_var + eps)``, float32 ``[channels]``."""
     factor = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
-    weight = batch_norm.weight
-    if hasattr(weight, "full_tensor"):  # sharded by FSDP2 apart from the layer that asks
-        weight = weight.full_tensor()
+    weight = _whole(batch_norm.weight)
     return factor if weight is None else factor * weight
 
 
@@ -187,4 +236,10 @@ def folded_bias(bias: Tensor | None, batch_norm: Any) -> Tensor:
     """The bias of a layer with its batch norm folded in, float32 ``[channels]``."""
     shifted = -batch_norm.running_mean if bias is None else bias - batch_norm.running_mean
     result = shifted * batch_norm_factor(batch_norm)
-    return result if batch_norm.bias is None else result + batch_norm.bias
+    shift = _whole(batch_norm.bias)
+    return result if shift is None else result + shift
+
+
+def _whole(parameter: Any) -> Tensor | None:
+    """A parameter as a plain tensor, also where FSDP2 sharded it apart from the layer that asks."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
