@@ -54,10 +54,11 @@ std::vector<float> ChannelNumbers::spread(const std::vector<float>& values) cons
 std::vector<SumPiece> sum_pieces(const ChannelView& view) {
   if (view.inner > 1) return {{.view = view, .parts = view.outer * view.channels}};
   constexpr int64_t kStep = kernels::kBatchNormStep;
-  constexpr int64_t kPart = int64_t{1} << 16, kLeastRows = 16;
+  constexpr int64_t kPart = int64_t{1} << 15, kMostParts = 128, kLeastRows = 16;
   const int64_t fold = kStep / std::gcd(view.channels, kStep);
   SumPiece main{.view = {view.outer / fold, view.channels * fold, 1}};
-  main.part_rows = std::max(kLeastRows, kPart / main.view.channels);
+  const int64_t part = std::max(kPart, view.outer * view.channels / kMostParts);
+  main.part_rows = std::max(kLeastRows, part / main.view.channels);
   main.parts = (main.view.outer + main.part_rows - 1) / main.part_rows;
   SumPiece rest{.view = {view.outer % fold, view.channels, 1},
                 .first_element = main.view.outer * main.view.channels,
@@ -202,7 +203,7 @@ void update_running(const Tensor& running, const std::vector<double>& batch, dou
 ValueRange range_of(const kernels::BatchNormArgs& args, int64_t elements) {
   ValueRange range;
   std::mutex mutex;
-  for_element_blocks(elements, Order::forwards, [&](int64_t begin, int64_t end) {
+  for_element_blocks(elements, Order::backwards, [&](int64_t begin, int64_t end) {
     ValueRange own;
     kernels::BatchNormArgs block = args;
     block.minimum = &own.min;
@@ -305,6 +306,7 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
       .upper = static_cast<float>(activation.upper.value_or(kInf)),
       .y = result.mutable_data_ptr<float>(),
       .mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr};
+  Order order = Order::backwards;
   if (observed && elements > 0) {
     if (training && !residual) {
       // The map is monotone, so it takes a channel's extremes to the result's.
@@ -322,6 +324,7 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
       observe(quantization, range_of(extremes, 2 * view.channels));
     } else {
       observe(quantization, range_of(args, elements));
+      order = Order::forwards;
     }
   }
   args.quantized = quantize && state_of(quantization).seen();
@@ -332,7 +335,7 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
     args.quant_min = quantization.codes.min;
     args.quant_max = quantization.codes.max;
   }
-  for_element_blocks(elements, Order::forwards, [&](int64_t begin, int64_t end) {
+  for_element_blocks(elements, order, [&](int64_t begin, int64_t end) {
     kernels::batch_norm_act(args, begin, end);
   });
   if (!result.is_same(y)) y.copy_(result);
