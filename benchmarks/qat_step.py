@@ -136,13 +136,22 @@ def main() -> None:
         for name in names
     ]
     header = ["", "min s", "median s", "of FP32 (min)", "of FP32 (median)", "peak MiB", "of FP32"]
-    print(f"{args.model}, batch {args.batch} at {args.size}; {_bench.describe(known)}")
-    print(markdown_table(header, rows))
+    facts = f"Batch {args.batch} at {args.size}x{args.size}; {_bench.describe(known)}"
+    table = markdown_table(header, rows)
+    print(f"{args.model}. {facts}\n{table}")
     _bench.write_json(
         f"qat_step_{args.model}_batch{args.batch}_threads{args.threads}",
-        {**known, "model": args.model, "batch": args.batch, "size": args.size,
-         "seconds": seconds, "peak_mib": memory, "table": markdown_table(header, rows)},
-    )  # fmt: skip
+        {
+            **known,
+            "title": f"Training step of {args.model}: FP32 and quantization-aware",
+            "command": f"python benchmarks/qat_step.py --model {args.model} --batch {args.batch} "
+            f"--size {args.size} --threads {args.threads}",
+            "facts": facts,
+            "table": table,
+            "seconds": seconds,
+            "peak_mib": memory,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ std::vector<Kernel> all_kernels() {
 bool supported(Path path) {
 #if defined(__x86_64__)
   // These built-ins also ask the operating system whether it saves the wide registers.
-  if (path == Path::avx2) return __builtin_cpu_supports("avx2") != 0;
+  if (path == Path::avx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  }
   if (path == Path::avx512vnni) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -1,8 +1,11 @@
 // Declares every kernel and every path of it: qtoolkit::kernels::<path>::<kernel>.
 #pragma once
 
+#include "kernels/batch_norm.h"
 #include "kernels/conv2d.h"
+#include "kernels/convert.h"
 #include "kernels/elementwise.h"
+#include "kernels/fake_quantize.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"

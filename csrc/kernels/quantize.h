@@ -1,5 +1,5 @@
-// Quantize, dequantize and fake-quantize float32 values, per tensor or per channel, and the
-// backward of fake-quantize. See core/rounding.h for the arithmetic.
+// Quantize and dequantize float32 values, per tensor or per channel. See core/rounding.h for the
+// arithmetic.
 //
 // Memory is contiguous and seen as [outer, channels, inner]; per tensor is channels = 1 and
 // outer = 1. begin and end are flat element indices.
@@ -15,20 +15,14 @@ struct QuantizeArgs {
   const int32_t* zero_point = nullptr;  // [channels]
   int32_t quant_min = 0, quant_max = 255;
   const float* x = nullptr;
-  const float* grad = nullptr;     // fake_quantize_backward only
   const uint8_t* codes = nullptr;  // dequantize's input; int8 codes if quant_min < 0
   uint8_t* y_codes = nullptr;      // quantize's output
-  float* y = nullptr;              // output of the others
+  float* y = nullptr;              // dequantize's output
 };
 
 // y_codes = clamp(rne(x * (1.0f / scale)) + zero_point); NaN becomes the zero point.
 void quantize(const QuantizeArgs& args, int64_t begin, int64_t end);
 // y = float(code - zero_point) * scale
 void dequantize(const QuantizeArgs& args, int64_t begin, int64_t end);
-// y = dequantize(quantize(x)); NaN stays NaN, +-Inf is clamped.
-void fake_quantize(const QuantizeArgs& args, int64_t begin, int64_t end);
-// Straight-through: y = grad where quant_min <= rne(x / scale) + zero_point <= quant_max, else 0
-// (0 where x is NaN or infinite).
-void fake_quantize_backward(const QuantizeArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qtoolkit::kernels

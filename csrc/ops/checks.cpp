@@ -53,8 +53,6 @@ void check_rank(const char* op, const char* argument, const Tensor& tensor, int6
                     " dimensions, got ", describe(tensor));
 }
 
-namespace {
-
 void check_qparam_tensors(const char* op, const char* prefix, const Tensor& scale,
                           const Tensor& zero_point, const Tensor& x) {
   TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "qtoolkit::", op, ": ", prefix,
@@ -66,6 +64,8 @@ void check_qparam_tensors(const char* op, const char* prefix, const Tensor& scal
                     "zero_point on ", zero_point.device(), " and the input on ", x.device(),
                     "; move them to one device");
 }
+
+namespace {
 
 void check_values(const char* op, const char* prefix, std::span<const float> scales,
                   std::span<const int32_t> zero_points, CodeRange range) {

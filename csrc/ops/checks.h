@@ -45,8 +45,11 @@ void check_dtype(const char* op, const char* argument, const Tensor& tensor, at:
 void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& x);
 void check_rank(const char* op, const char* argument, const Tensor& tensor, int64_t rank);
 
-// scale float32 and zero_point int32, one element each, on the device of x. `prefix` comes before
-// "scale" and "zero_point" in messages, as in "x_".
+// scale float32 and zero_point int32, on the device of x. `prefix` comes before "scale" and
+// "zero_point" in messages, as in "x_".
+void check_qparam_tensors(const char* op, const char* prefix, const Tensor& scale,
+                          const Tensor& zero_point, const Tensor& x);
+// The same with one element each.
 void check_qparams(const char* op, const char* prefix, const Tensor& scale,
                    const Tensor& zero_point, const Tensor& x);
 // The same with one element for each of `channels`.

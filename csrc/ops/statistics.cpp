@@ -1,5 +1,5 @@
 // Statistics of float tensors for observers.
-#include "kernels/statistics.h"
+#include "ops/statistics.h"
 
 #include <torch/library.h>
 
@@ -9,7 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/statistics.h"
 #include "ops/checks.h"
+#include "ops/float_blocks.h"
 #include "ops/layout.h"
 #include "ops/parallel.h"
 
@@ -92,9 +94,9 @@ void run_min_max(kernels::MinMaxArgs args, int64_t units, int64_t grain, const T
 
 TensorPair min_max_cpu(const Tensor& x) {
   TensorPair result = min_max_meta(x);
-  const Tensor dense = dense_float(x);
-  run_min_max({.x = dense.const_data_ptr<float>(), .inner = x.numel()}, x.numel(), kElementGrain,
-              result);
+  const ValueRange range = range_of(x);
+  *std::get<0>(result).mutable_data_ptr<float>() = range.min;
+  *std::get<1>(result).mutable_data_ptr<float>() = range.max;
   return result;
 }
 
@@ -117,18 +119,21 @@ TensorPair min_max_per_channel_cpu(const Tensor& x, int64_t ch_axis) {
 
 Tensor histogram_cpu(const Tensor& x, int64_t bins, double lower, double upper) {
   Tensor result = histogram_meta(x, bins, lower, upper);
-  const Tensor dense = dense_float(x);
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
   auto* counts = result.mutable_data_ptr<int64_t>();
   std::fill_n(counts, bins, 0);
   std::mutex mutex;
   at::parallel_for(0, x.numel(), std::max(kElementGrain, bins), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> own(static_cast<size_t>(bins), 0);
-    kernels::histogram({.x = dense.const_data_ptr<float>(),
-                        .lower = static_cast<float>(lower),
-                        .upper = static_cast<float>(upper),
-                        .bins = bins,
-                        .counts = own.data()},
-                       begin, end);
+    read_floats(dense, begin, end,
+                [&](const float* values, int64_t first, int64_t from, int64_t to) {
+                  kernels::histogram({.x = values,
+                                      .lower = static_cast<float>(lower),
+                                      .upper = static_cast<float>(upper),
+                                      .bins = bins,
+                                      .counts = own.data()},
+                                     from - first, to - first);
+                });
     const std::lock_guard lock(mutex);
     for (int64_t i = 0; i < bins; ++i) counts[i] += own[i];
   });
@@ -136,6 +141,24 @@ Tensor histogram_cpu(const Tensor& x, int64_t bins, double lower, double upper) 
 }
 
 }  // namespace
+
+ValueRange range_of(const Tensor& x) {
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
+  ValueRange range;
+  std::mutex mutex;
+  at::parallel_for(0, x.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    ValueRange own;
+    kernels::MinMaxArgs args{.minimum = &own.min, .maximum = &own.max};
+    read_floats(dense, begin, end,
+                [&](const float* values, int64_t first, int64_t from, int64_t to) {
+                  args.x = values;
+                  kernels::min_max(args, from - first, to - first);
+                });
+    const std::lock_guard lock(mutex);
+    range = {merge_minimum(range.min, own.min), merge_maximum(range.max, own.max)};
+  });
+  return range;
+}
 
 TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};

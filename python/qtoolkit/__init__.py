@@ -22,17 +22,19 @@ from qtoolkit.qconfig import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
-from qtoolkit.workflow import (
-    calibrate,
-    convert,
+from qtoolkit.training import (
+    QATSchedule,
+    disable_fake_quant,
+    distillation_loss,
+    enable_fake_quant,
     freeze_bn,
     freeze_observers,
-    prepare,
-    prepare_qat,
 )
+from qtoolkit.workflow import calibrate, convert, prepare, prepare_qat
 
 __all__ = [
     "FakeQuantize",
+    "QATSchedule",
     "QConfig",
     "QConfigMapping",
     "TensorSpec",
@@ -41,6 +43,9 @@ __all__ = [
     "calibrate",
     "compare",
     "convert",
+    "disable_fake_quant",
+    "distillation_loss",
+    "enable_fake_quant",
     "evaluate",
     "explain",
     "export",

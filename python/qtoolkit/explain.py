@@ -77,6 +77,7 @@ def explain(model: nn.Module) -> Explanation:
             )
         elif isinstance(module, FakeQuantize) or is_observer(module):
             kind = "fake-quantize" if isinstance(module, FakeQuantize) else "observed"
+            kind = "simulated" if report.converted else kind
             spec = module.spec
             layers.append(
                 LayerExplanation(

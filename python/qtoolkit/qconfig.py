@@ -16,7 +16,7 @@ import torch
 
 from qtoolkit.formats import get_format
 
-GRANULARITIES = ("per_tensor", "per_channel")
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 Self = TypeVar("Self", bound="_JsonFields")
 
@@ -70,15 +70,19 @@ class TensorSpec(_JsonFields):
 
     Args:
         format: name of a number format, e.g. "uint8" or "int8" (see `qtoolkit.formats.FORMATS`).
-        granularity: "per_tensor" (one scale) or "per_channel" (one for each index of `axis`).
-            "per_group" is reserved and rejected.
+        granularity: "per_tensor" (one scale), "per_channel" (one for each index of `axis`) or, for
+            weights, "per_group" (one for each `group_size` neighbours along the input dimensions).
         axis: the channel dimension of a per-channel tensor, counted from 0.
-        group_size: reserved for "per_group"; must be None.
+        group_size: how many values share a scale with "per_group"; else None.
         symmetric: real 0 gets the middle code (0, or 128 for uint8), and the range mirrors around
             it: signed formats leave their lowest code out, int8 uses [-127, 127].
         observer: registered name of the observer that chooses the range: "minmax",
-            "moving_average", "per_channel_minmax", "histogram" or one added with
-            `qtoolkit.observers.register_observer`.
+            "moving_average", "per_channel_minmax", "per_group_minmax", "histogram" or one added
+            with `qtoolkit.observers.register_observer`. Methods that need none ignore it.
+        method: registered name of the way to simulate it in training: "observed" (the observer's
+            range, straight-through gradients; the only one for post-training quantization), "lsq",
+            "lsq+", "pact", "twn", "xnor", "float", "block_float" or one added with
+            `qtoolkit.fake_quantize.register_fake_quantize`.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message lists those that are.
@@ -91,17 +95,14 @@ class TensorSpec(_JsonFields):
     group_size: int | None = None
     symmetric: bool = False
     observer: str = "histogram"
+    method: str = "observed"
 
     def __post_init__(self) -> None:
-        # The observers' constructors take a TensorSpec, so they are looked up when one is made.
+        # Observers and methods take a TensorSpec, so they are looked up when one is made.
+        from qtoolkit.fake_quantize.registry import get_fake_quantize_class
         from qtoolkit.observers.registry import get_observer_class
 
         get_format(self.format)
-        if self.granularity == "per_group":
-            raise ValueError(
-                'TensorSpec: granularity "per_group" is reserved and not supported yet; '
-                'use "per_channel" or "per_tensor"'
-            )
         if self.granularity not in GRANULARITIES:
             raise ValueError(
                 f"TensorSpec: unknown granularity {self.granularity!r}; use one of {GRANULARITIES}"
@@ -110,14 +111,25 @@ class TensorSpec(_JsonFields):
             raise TypeError(f"TensorSpec: axis must be an int, got {self.axis!r}")
         if self.axis < 0:
             raise ValueError(f"TensorSpec: axis counts from 0 and cannot be {self.axis}")
-        if self.group_size is not None:
+        if (self.granularity == "per_group") != (self.group_size is not None):
             raise ValueError(
-                f"TensorSpec: group_size is for granularity per_group only, got {self.group_size!r}"
+                "TensorSpec: granularity per_group, and no other, needs a group_size; got "
+                f"{self.granularity} and {self.group_size!r}"
             )
+        if self.group_size is not None:
+            if not isinstance(self.group_size, int) or isinstance(self.group_size, bool):
+                raise TypeError(f"TensorSpec: group_size must be an int, got {self.group_size!r}")
+            if self.group_size < 1:
+                raise ValueError(f"TensorSpec: group_size must be positive, got {self.group_size}")
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"TensorSpec: symmetric must be a bool, got {self.symmetric!r}")
         observer_class = get_observer_class(self.observer)
-        if self.granularity not in observer_class.granularities:
+        method = get_fake_quantize_class(self.method)
+        problem = method.problem(self)
+        if problem is not None:
+            raise ValueError(f"TensorSpec: method {self.method!r} {problem}")
+        observed = method.uses_observer(self)
+        if observed and self.granularity not in observer_class.granularities:
             raise ValueError(
                 f"TensorSpec: observer {self.observer!r} is for granularity "
                 f"{' or '.join(observer_class.granularities)}, not {self.granularity}"
@@ -132,6 +144,17 @@ class TensorSpec(_JsonFields):
     def quant_max(self) -> int:
         """The highest code."""
         return get_format(self.format).quant_range(self.symmetric)[1]
+
+    def problem_as(self, role: str) -> str | None:
+        """Why the method is not for an "activation" or a "weight", or None if it is."""
+        from qtoolkit.fake_quantize.registry import get_fake_quantize_class
+
+        roles = get_fake_quantize_class(self.method).roles
+        if role not in roles:
+            return f"method {self.method!r} is for {' and '.join(f'{r}s' for r in roles)}"
+        if role == "activation" and self.granularity != "per_tensor":
+            return "activations are quantized per tensor"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""
@@ -161,8 +184,9 @@ class QConfig(_JsonFields):
                 raise TypeError(
                     f"QConfig: {name} must be a TensorSpec or None, got {type(value).__name__}"
                 )
-        if self.activation is not None and self.activation.granularity != "per_tensor":
-            raise ValueError("QConfig: activations are quantized per tensor")
+            problem = None if value is None else value.problem_as(name)
+            if problem is not None:
+                raise ValueError(f"QConfig: {name}: {problem}, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The two specs as dicts."""

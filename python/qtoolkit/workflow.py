@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.fake_quantize import ON_NONFINITE
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer, prepare_model
 from qtoolkit.graph.report import get_report, model_inputs, set_report
-from qtoolkit.nn.base import QuantizedModule
-from qtoolkit.nn.qat.batch_norm import _FreezableBatchNorm
 from qtoolkit.progress import batch_bar
 from qtoolkit.qconfig import (
     QConfigMapping,
@@ -81,28 +79,42 @@ def prepare_qat(
     model: nn.Module,
     mapping: QConfigMapping | None = None,
     example_inputs: Any = None,
+    *,
+    on_nonfinite: str = "skip",
 ) -> nn.Module:
     """A copy of a float model that trains with quantization simulated (quantization-aware
     training).
 
-    Weights and activations are fake-quantized with straight-through gradients (Jacob et al. 2018,
-    section 3). Batch norms stay ordinary layers that see the statistics of the quantized network,
-    and are folded by ``convert``. Parameters keep their names. The copy is in training mode;
-    control flow that depends on the mode is traced as in evaluation. The model itself is not
-    changed.
+    Weights and activations are fake-quantized, each as its ``TensorSpec.method`` says: with
+    straight-through gradients (Jacob et al. 2018, section 3), or with scales that are learned.
+    Every format of the table trains; those without an integer kernel stay simulated in float when
+    the model is converted. Batch norms stay ordinary layers that see the statistics of the
+    quantized network, and are folded by ``convert``. Parameters keep their names. The copy is in
+    training mode; control flow that depends on the mode is traced as in evaluation. The model
+    itself is not changed.
 
     Args:
         model: the float model, usually trained.
         mapping: how each layer is quantized; ``get_default_qat_qconfig_mapping("x86")`` if None.
         example_inputs: what ``model.forward`` takes, as a tuple.
+        on_nonfinite: what activations with NaN or Inf do: "skip" leaves the ranges as they are,
+            warns once for each module, and training goes on as it would in float; "error" raises
+            ValueError that names the module.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as ``prepare``.
+        TypeError, RuntimeError: as ``prepare``.
+        ValueError: as ``prepare``, and for another value of ``on_nonfinite``.
     """
     _check_model(model, "prepare_qat")
     mapping = get_default_qat_qconfig_mapping("x86") if mapping is None else mapping
     _check_mapping(mapping, "prepare_qat")
-    return prepare_model(model, mapping, _as_tuple(example_inputs), qat=True)
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(
+            f"prepare_qat: on_nonfinite must be one of {ON_NONFINITE}, got {on_nonfinite!r}"
+        )
+    return prepare_model(
+        model, mapping, _as_tuple(example_inputs), qat=True, on_nonfinite=on_nonfinite
+    )
 
 
 def _check_mapping(mapping: Any, function: str) -> None:
@@ -114,7 +126,8 @@ def _check_mapping(mapping: Any, function: str) -> None:
 
 
 def _is_converted(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantizedModule) for module in model.modules())
+    report = get_report(model)
+    return report is not None and report.converted
 
 
 def _observers(model: nn.Module) -> list[nn.Module]:
@@ -201,6 +214,7 @@ def convert(prepared: nn.Module) -> nn.Module:
         raise ValueError("convert: this model is converted already")
     quantized = copy.deepcopy(prepared).eval()
     report = copy.deepcopy(report)
+    report.converted = True
     for name, module in list(graph_modules(quantized)):
         lower_graph(module, f"{name}." if name else "", report)
     set_report(quantized, report)
@@ -208,39 +222,3 @@ def convert(prepared: nn.Module) -> nn.Module:
         if parameter.is_leaf:  # those inside a TorchScript module are not
             parameter.requires_grad_(False)
     return quantized.eval()
-
-
-def freeze_bn(model: nn.Module) -> nn.Module:
-    """Makes the batch norms of a QAT model use their running statistics from now on, also in
-    training.
-
-    Returns the model, changed in place.
-
-    Raises:
-        ValueError: the model is not the result of ``prepare_qat``.
-    """
-    _require_qat(model, "freeze_bn")
-    for module in model.modules():
-        if isinstance(module, _FreezableBatchNorm):
-            module.freeze()
-    return model
-
-
-def freeze_observers(model: nn.Module) -> nn.Module:
-    """Keeps the ranges of a QAT model as they are from now on, also in training.
-
-    Returns the model, changed in place.
-
-    Raises:
-        ValueError: the model is not the result of ``prepare_qat``.
-    """
-    _require_qat(model, "freeze_observers")
-    for module in model.modules():
-        if isinstance(module, FakeQuantize):
-            module.freeze()
-    return model
-
-
-def _require_qat(model: nn.Module, function: str) -> None:
-    if not any(isinstance(module, FakeQuantize) for module in model.modules()):
-        raise ValueError(f"{function} needs the result of qt.prepare_qat")

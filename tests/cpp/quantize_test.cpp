@@ -60,7 +60,6 @@ struct Problem {
       }
     }
     codes = random.codes(shape.size());
-    grad = random.reals(shape.size(), -1.0f, 1.0f);
     args.channels = shape.channels;
     args.inner = shape.inner;
     args.scale = scale.data();
@@ -68,7 +67,6 @@ struct Problem {
     args.quant_min = range.quant_min;
     args.quant_max = range.quant_max;
     args.x = x.data();
-    args.grad = grad.data();
     args.codes = codes.data();
   }
   Problem(const Problem&) = delete;
@@ -81,7 +79,7 @@ struct Problem {
 
   Shape shape;
   Range range;
-  std::vector<float> scale, x, grad;
+  std::vector<float> scale, x;
   std::vector<int32_t> zero_point;
   std::vector<uint8_t> codes;
   QuantizeArgs args;
@@ -122,8 +120,6 @@ void expect_reference_bits(Path path, Kernel kernel, Function* function) {
 
 QT_FOR_EACH_PATH(Quantize, quantize);
 QT_FOR_EACH_PATH(Dequantize, dequantize);
-QT_FOR_EACH_PATH(FakeQuantize, fake_quantize);
-QT_FOR_EACH_PATH(FakeQuantizeBackward, fake_quantize_backward);
 
 TEST_P(Quantize, GivesTheReferencesBits) {
   expect_reference_bits(GetParam(), Kernel::quantize, quantize);
@@ -131,24 +127,6 @@ TEST_P(Quantize, GivesTheReferencesBits) {
 TEST_P(Dequantize, GivesTheReferencesBits) {
   expect_reference_bits(GetParam(), Kernel::dequantize, dequantize);
 }
-TEST_P(FakeQuantize, GivesTheReferencesBits) {
-  expect_reference_bits(GetParam(), Kernel::fake_quantize, fake_quantize);
-}
-TEST_P(FakeQuantizeBackward, GivesTheReferencesBits) {
-  expect_reference_bits(GetParam(), Kernel::fake_quantize_backward, fake_quantize_backward);
-}
-
-TEST_P(FakeQuantize, WorksInPlace) {
-  const Problem problem({1, 1, 1000}, {0, 255}, 77);
-  std::vector<float> expected(1000), actual = problem.x;
-  QuantizeArgs args = problem.args;
-  args.y = expected.data();
-  run_on(Path::reference, Kernel::fake_quantize, [&] { fake_quantize(args, 0, 1000); });
-  args.x = args.y = actual.data();
-  run_on(GetParam(), Kernel::fake_quantize, [&] { fake_quantize(args, 0, 1000); });
-  EXPECT_EQ(std::memcmp(actual.data(), expected.data(), 4000), 0);
-}
-
 // The rule in wide arithmetic: only the product is rounded to float32.
 int64_t code_by_rule(const Problem& problem, int64_t i) {
   const int64_t c = i / problem.shape.inner % problem.shape.channels;
@@ -168,30 +146,12 @@ TEST(QuantizeReference, FollowsTheRule) {
       const Problem problem(shape, range, seed++);
       const int64_t size = shape.size();
       std::vector<uint8_t> codes(size);
-      std::vector<float> fake(size), gradient(size);
       QuantizeArgs args = problem.args;
       args.y_codes = codes.data();
       run_on(Path::reference, Kernel::quantize, [&] { quantize(args, 0, size); });
-      args.y = fake.data();
-      run_on(Path::reference, Kernel::fake_quantize, [&] { fake_quantize(args, 0, size); });
-      args.y = gradient.data();
-      run_on(Path::reference, Kernel::fake_quantize_backward,
-             [&] { fake_quantize_backward(args, 0, size); });
       for (int64_t i = 0; i < size; ++i) {
-        const int64_t c = i / shape.inner % shape.channels;
-        const int64_t code = code_by_rule(problem, i);
-        EXPECT_EQ(codes[i], static_cast<uint8_t>(code)) << problem.text() << " at " << i;
-        const float x = problem.x[i], s = problem.scale[c];
-        if (std::isnan(x)) {
-          EXPECT_TRUE(std::isnan(fake[i]));
-        } else {
-          const double real = static_cast<double>(code - problem.zero_point[c]) * s;
-          EXPECT_EQ(fake[i], static_cast<float>(real)) << problem.text() << " at " << i;
-        }
-        const double unclamped =
-            std::nearbyint(static_cast<double>(x * (1.0f / s))) + problem.zero_point[c];
-        const bool inside = unclamped >= range.quant_min && unclamped <= range.quant_max;
-        EXPECT_EQ(gradient[i], inside ? problem.grad[i] : 0.0f) << problem.text() << " at " << i;
+        EXPECT_EQ(codes[i], static_cast<uint8_t>(code_by_rule(problem, i)))
+            << problem.text() << " at " << i;
       }
     }
   }
@@ -212,47 +172,6 @@ TEST_P(Quantize, RoundsTiesToEvenAndSaturates) {
   run_on(GetParam(), Kernel::quantize, [&] { quantize(args, 0, args.inner); });
   const std::vector<uint8_t> expected = {128, 130, 130, 128, 126, 254, 255, 255, 255, 0, 128, 0};
   EXPECT_EQ(y, expected);
-}
-
-TEST_P(FakeQuantize, HandComputedValues) {
-  const std::vector<float> x = {0.3f, -0.3f, 1.0f, 100.0f, -100.0f, kInfinity, -kInfinity, -0.01f};
-  const float scale = 0.25f;
-  const int32_t zero_point = 2;
-  std::vector<float> y(x.size());
-  QuantizeArgs args;
-  args.inner = static_cast<int64_t>(x.size());
-  args.scale = &scale;
-  args.zero_point = &zero_point;
-  args.quant_min = -8;
-  args.quant_max = 7;
-  args.x = x.data();
-  args.y = y.data();
-  run_on(GetParam(), Kernel::fake_quantize, [&] { fake_quantize(args, 0, args.inner); });
-  const std::vector<float> expected = {0.25f, -0.25f, 1.0f, 1.25f, -2.5f, 1.25f, -2.5f, 0.0f};
-  EXPECT_EQ(y, expected);
-  EXPECT_FALSE(std::signbit(y.back()));
-}
-
-TEST_P(FakeQuantizeBackward, PassesUpToTheRangesEndAndItsTie) {
-  // Codes 0 and 3 are the ends: -0.5 rounds to 0 (inside), 3.5 to 4 (outside).
-  const std::vector<float> x = {-0.51f, -0.5f, 0.0f, 3.0f, 3.49f, 3.5f, kNaN, kInfinity, -FLT_MAX};
-  const std::vector<float> grad(x.size(), -2.0f);
-  const float scale = 1.0f;
-  const int32_t zero_point = 0;
-  std::vector<float> y(x.size());
-  QuantizeArgs args;
-  args.inner = static_cast<int64_t>(x.size());
-  args.scale = &scale;
-  args.zero_point = &zero_point;
-  args.quant_max = 3;
-  args.x = x.data();
-  args.grad = grad.data();
-  args.y = y.data();
-  run_on(GetParam(), Kernel::fake_quantize_backward,
-         [&] { fake_quantize_backward(args, 0, args.inner); });
-  const std::vector<float> expected = {0, -2, -2, -2, -2, 0, 0, 0, 0};
-  EXPECT_EQ(y, expected);
-  EXPECT_FALSE(std::signbit(y[0]));
 }
 
 TEST_P(Dequantize, ReadsSignedAndUnsignedCodes) {

@@ -38,13 +38,14 @@ CPP_STANDARD = """
 # Modules of python/qtoolkit, from the lowest layer up; the longest name that fits a module counts.
 PYTHON_LAYERS = [
     {"_version", "_C", "_library"},
-    {"ops", "formats", "progress", "observers.registry"},
+    {"ops", "formats", "progress", "observers.registry", "fake_quantize.registry"},
     {"qconfig"},
     {"observers"},
     {"fake_quantize"},
     {"nn"},
+    {"distributed"},
     {"graph"},
-    {"workflow", "export", "metrics", "explain", "compare"},
+    {"workflow", "training", "export", "metrics", "explain", "compare"},
     {""},  # the package itself
 ]
 MAY_NAME_TORCH_OPS = {"ops", "_library"}

@@ -1,6 +1,7 @@
 """The operators in PyTorch's machinery: opcheck, Meta, script, export, threads."""
 
 import io
+import math
 import subprocess
 import sys
 
@@ -25,6 +26,19 @@ def channel_qparams() -> tuple[Tensor, Tensor]:
     return torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 5, -6], dtype=torch.int32)
 
 
+def group_qparams() -> tuple[Tensor, Tensor]:
+    shape = (2, 3, 4, 3)
+    return torch.linspace(0.1, 0.9, 72).view(shape), torch.zeros(shape, dtype=torch.int32)
+
+
+def state(low: float = math.inf, high: float = -math.inf) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.tensor(low), torch.tensor(high), scale(1.0), zero_point(0)
+
+
+def codes_of_mask() -> Tensor:
+    return random_codes((15,))
+
+
 def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
     return random_codes((2, 3, 4, 5), dtype)
 
@@ -32,6 +46,22 @@ def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
 def conv_args(geometry: str, **extra: object) -> tuple:
     case = {"relu": False, "residual": None, "residual_scale": None, "residual_zero_point": None}
     return tuple({**make_case(geometry), **case, **extra}.values())
+
+
+def batch_norm_args(x: Tensor, residual: Tensor | None = None, training: bool = True) -> tuple:
+    """With everything that is changed in place where `training`, with nothing else."""
+    weight, bias = torch.rand(3).requires_grad_(), torch.rand(3).requires_grad_()
+    batch_norm = (weight, bias, torch.zeros(3), torch.ones(3))
+    if training:
+        state = (torch.tensor(-1.0), torch.tensor(2.0), S.clone(), Z.clone())
+        return (x, *batch_norm, residual, True, 0.1, 1e-5, True, 6.0, *state, 0.01, False, 0, 255)
+    no_range = (None, None, None, None, 0.0, False, 0, 255)
+    return (x, *batch_norm, residual, False, 0.1, 1e-5, False, None, *no_range)
+
+
+def batch_norm_backward_args(x: Tensor, output_mask: list[bool]) -> tuple:
+    mask = random_codes(((x.numel() + 7) // 8,))
+    return (x.flip(0), x, None, torch.zeros(3), torch.ones(3), mask, True, output_mask)
 
 
 SAMPLES = {
@@ -48,13 +78,33 @@ SAMPLES = {
         (floats().half(), S, Z, 0, 255),
     ],
     "fake_quantize_per_channel": [(floats(True), *channel_qparams(), 1, -128, 127)],
-    "fake_quantize_per_tensor_backward": [
-        (floats(True), floats(), S, Z, 0, 255),
-        (floats(), floats().to(memory_format=LAST), S, Z, 0, 255),
+    "fake_quantize_per_group": [
+        (floats(True), *group_qparams(), 2, -8, 7),
+        (floats().to(memory_format=LAST), *group_qparams(), 2, -8, 7),
     ],
-    "fake_quantize_per_channel_backward": [
-        (floats(True), floats(), *channel_qparams(), 1, -128, 127)
+    "fake_quantize_relu": [
+        (floats(True), S, Z, 0, 255),
+        (floats().to(memory_format=LAST), S, Z, -128, 127),
     ],
+    "fake_quantize_mask": [
+        (floats(), S, Z, None, None, 0, 255, False),
+        (floats().to(memory_format=LAST), *channel_qparams(), 1, None, -128, 127, True),
+        (floats().to(memory_format=LAST), *group_qparams(), None, 2, -8, 7, False),
+    ],
+    "fake_quantize_mask_backward": [
+        (floats(True), codes_of_mask(), 0),
+        (floats(), codes_of_mask(), 1),
+        (floats().bfloat16(), codes_of_mask(), 0),
+    ],
+    "fake_quantize_mask_backward_": [
+        (floats(), codes_of_mask(), 0),
+        (floats().to(memory_format=LAST), codes_of_mask(), 1),
+    ],
+    "observe_fake_quantize": [
+        (floats(True), *state(), 0.1, 0, 255, False),
+        (floats().to(memory_format=LAST), *state(-1.0, 2.0), 0.1, -127, 127, True),
+    ],
+    "observe_fake_quantize_mask": [(floats(), *state(), 0.1, 0, 255, False)],
     "min_max": [(floats(),)],
     "min_max_per_channel": [(floats(), 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
@@ -76,6 +126,16 @@ SAMPLES = {
     ],
     "requantize": [(codes(), S, Z, S, Z, -128, 127, True)],
     "batch_norm": [(codes(), S, Z, torch.ones(3), torch.ones(3), S, Z, 0, 255, False)],
+    "batch_norm_act": [
+        batch_norm_args(floats(True), floats()),
+        batch_norm_args(floats(True).to(memory_format=LAST)),
+        batch_norm_args(floats(True), training=False),
+        (floats(), *[None] * 5, True, 0.1, 1e-5, True, *[None] * 5, 0.0, False, 0, 255),
+    ],
+    "batch_norm_act_backward": [
+        batch_norm_backward_args(floats(), [True] * 4),
+        batch_norm_backward_args(floats().to(memory_format=LAST), [True, False, True, False]),
+    ],
     "max_pool2d": [(codes(), (2, 2), (2, 1), (1, 0), (1, 1), True)],
     "avg_pool2d": [(codes(), S, Z, (2, 2), (), (1, 0), True, False, None, S, Z, -128, 127)],
     "max_pool2d_train": [
@@ -131,7 +191,7 @@ def test_every_operator_has_a_sample_and_a_wrapper():
     }
     assert registered == set(SAMPLES)
     internal = {name for name in registered if not hasattr(ops, name)}
-    assert {name for name in internal if not name.endswith(("_backward", "_mask"))} == set()
+    assert {name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))} == set()
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)
@@ -148,7 +208,7 @@ def test_meta_tells_shape_dtype_and_strides(name, sample):
 
     operator = getattr(torch.ops.qtoolkit, name)
     real, meta = operator(*sample), operator(*map(to_meta, sample))
-    for a, b in zip(*((r,) if isinstance(r, Tensor) else r for r in (real, meta))):
+    for a, b in zip(*((r,) if isinstance(r, Tensor) else r or () for r in (real, meta))):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         assert b.is_meta
 

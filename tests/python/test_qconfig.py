@@ -50,7 +50,7 @@ def mappings(draw):
     ("fields", "error", "message"),
     [
         ({"format": "float7"}, ValueError, "unknown number format 'float7'"),
-        ({"granularity": "per_group"}, ValueError, "reserved"),
+        ({"granularity": "per_group"}, ValueError, "per_group, and no other, needs a group_size"),
         ({"granularity": "per_row"}, ValueError, "unknown granularity 'per_row'"),
         ({"axis": -1}, ValueError, "axis"),
         ({"axis": 1.0}, TypeError, "axis must be an int"),

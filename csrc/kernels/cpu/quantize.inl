@@ -93,30 +93,3 @@ void dequantize(const QuantizeArgs& args, int64_t begin, int64_t end) {
     dequantize_codes<uint8_t>(args, begin, end);
   }
 }
-
-void fake_quantize(const QuantizeArgs& args, int64_t begin, int64_t end) {
-  const float* x = args.x;
-  float* y = args.y;
-  for_each_element(args, begin, end, [=](int64_t i, const Channel& channel) {
-    const float value = x[i];
-    const float rounded = round_between(value * channel.inverse, channel.low, channel.high);
-    y[i] = unless_nan(value, rounded * channel.scale);
-  });
-}
-
-void fake_quantize_backward(const QuantizeArgs& args, int64_t begin, int64_t end) {
-  const float* x = args.x;
-  const float* grad = args.grad;
-  float* y = args.y;
-  for_each_element(args, begin, end, [=](int64_t i, const Channel& channel) {
-    // One step beyond the range is enough to know that a value is outside.
-    float value = x[i] * channel.inverse;
-    value = value == value ? value : channel.high + 1.0f;
-    value = value < channel.low - 1.0f ? channel.low - 1.0f : value;
-    value = value > channel.high + 1.0f ? channel.high + 1.0f : value;
-    const float rounded = round_small(value);
-    const float gradient = grad[i];  // loaded unconditionally, so that the loop vectorises
-    const float passed = rounded >= channel.low ? gradient : 0.0f;
-    y[i] = rounded <= channel.high ? passed : 0.0f;
-  });
-}

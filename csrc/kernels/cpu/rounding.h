@@ -28,12 +28,4 @@ static inline float round_between(float x, float low, float high) {
   return round_small(x);
 }
 
-// result, or x where x is NaN. With masks, because GCC 12 makes a branch of a condition here, and
-// then does not vectorise the loop.
-static inline float unless_nan(float x, float result) {
-  const int32_t mask = -static_cast<int32_t>(x == x);
-  return __builtin_bit_cast(float, (__builtin_bit_cast(int32_t, result) & mask) |
-                                       (__builtin_bit_cast(int32_t, x) & ~mask));
-}
-
 }  // namespace qtoolkit::kernels

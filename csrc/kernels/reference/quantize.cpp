@@ -1,6 +1,5 @@
 #include "kernels/quantize.h"
 
-#include <cmath>
 #include <cstdint>
 
 #include "core/rounding.h"
@@ -29,25 +28,6 @@ void dequantize(const QuantizeArgs& args, int64_t begin, int64_t end) {
     const int64_t c = channel_of(args, i);
     const int32_t code = args.quant_min < 0 ? static_cast<int8_t>(args.codes[i]) : args.codes[i];
     args.y[i] = dequantize_value(code, args.scale[c], args.zero_point[c]);
-  }
-}
-
-void fake_quantize(const QuantizeArgs& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t c = channel_of(args, i);
-    args.y[i] = std::isnan(args.x[i])
-                    ? args.x[i]
-                    : dequantize_value(code_of(args, i), args.scale[c], args.zero_point[c]);
-  }
-}
-
-void fake_quantize_backward(const QuantizeArgs& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t c = channel_of(args, i);
-    const float rounded = round_half_even(args.x[i] * (1.0f / args.scale[c]));
-    const bool inside = rounded >= static_cast<float>(args.quant_min - args.zero_point[c]) &&
-                        rounded <= static_cast<float>(args.quant_max - args.zero_point[c]);
-    args.y[i] = inside ? args.grad[i] : 0.0f;
   }
 }
 

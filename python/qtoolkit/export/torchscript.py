@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtoolkit.export.report import ExportReport
 from qtoolkit.graph.prepare import is_observer
+from qtoolkit.graph.report import get_report
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -75,7 +76,7 @@ def torchscript(
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
-        ValueError: the model is prepared, not converted.
+        ValueError: the model is prepared, not converted, or simulates a format in float.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
         RuntimeError: the loaded file computes something else; nothing is left at ``path``.
@@ -90,6 +91,12 @@ def torchscript(
             f"{type(example_inputs).__name__}"
         )
     if any(is_observer(module) for module in model.modules()):
+        report = get_report(model)
+        if report is not None and report.converted:
+            raise ValueError(
+                "this model simulates formats that have no integer kernel (see qt.explain), which "
+                "TorchScript cannot hold: prepare it with integer formats of up to 8 bits"
+            )
         raise ValueError("this model is prepared, not quantized: export the result of qt.convert")
     target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
     if not os.fspath(path) or target.is_dir():

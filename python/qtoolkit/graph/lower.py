@@ -17,9 +17,12 @@ from qtoolkit.graph.report import FloatLayer, Report
 from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.graph.shared import SharedObserver
+from qtoolkit.nn import qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.elementwise import Dequantize, Quantize
+from qtoolkit.nn.kernels import activation_without_kernel, weight_without_kernel
 from qtoolkit.observers import Observer
+from qtoolkit.qconfig import QConfig
 
 
 def observer_qparams(observer: nn.Module) -> QParams:
@@ -87,11 +90,40 @@ class _Lowering:
                 return called
         return None
 
+    def _reason_without_kernel(self, match: Match, qconfig: QConfig) -> str | None:
+        """Why a layer cannot compute on codes, or None if it can."""
+        if match.pattern.has_weight:
+            assert qconfig.weight is not None
+            reason = weight_without_kernel(qconfig.weight)
+            if reason is not None:
+                return reason
+        # Every input passed an observer, see prepare; one with an integer kernel gives codes.
+        if any(self.replaced.get(node, node) not in self.codes for node in match.inputs):
+            return "its input is of a format without an integer kernel"
+        observer = self._observer_after(match.output)
+        if observer is None:
+            return None
+        assert isinstance(observer, Observer | FakeQuantize | SharedObserver)
+        return activation_without_kernel(observer.spec)
+
+    def _simulate_layer(self, match: Match, source: str, reason: str) -> None:
+        """Keeps a layer in float, its weight fake-quantized as in training."""
+        layer = called_module(match.anchor, self.module)
+        if isinstance(layer, qat.Conv2d | qat.Linear):
+            layer.quantized_weight()
+            layer.weight_fake_quant.freeze()
+        for node in match.nodes:
+            self._dequantize_inputs(node)
+        self._add_float_layer(source, type(layer).__name__, f"simulated in float: {reason}")
+
     def _lower_layer(self, match: Match) -> None:
         note = note_of(called_module(match.anchor, self.module))
         assert note is not None
         assert note.qconfig is not None
-        # Every input passed an observer, so it is codes; see prepare.
+        reason = self._reason_without_kernel(match, note.qconfig)
+        if reason is not None:
+            self._simulate_layer(match, note.source, reason)
+            return
         inputs = [self.replaced.get(node, node) for node in match.inputs]
         qparams = [self.codes[node] for node in inputs]
         observer = self._observer_after(match.output)
@@ -143,6 +175,9 @@ class _Lowering:
             observer = called_module(node, self.module)
             assert observer is not None
             qparams = observer_qparams(observer)
+            if isinstance(observer, FakeQuantize) and activation_without_kernel(observer.spec):
+                observer.freeze()
+                return
             quantize = Quantize(qparams)
             quantize.source = str(observer.name)
             name = free_name(self.module, f"{value.name}_quantize")
@@ -176,11 +211,16 @@ class _Lowering:
             self.module.add_submodule(name, lowered)
             node.target = name
 
-    def _use_float_inputs(self, node: fx.Node) -> None:
-        """Dequantizes what a float layer or the output reads."""
+    def _dequantize_inputs(self, node: fx.Node) -> bool:
+        """Lets a node read codes as float32; returns whether it read any."""
         used = [arg for arg in node.all_input_nodes if arg in self.codes]
         for arg in used:
             node.replace_input_with(arg, self._dequantize(arg))
+        return bool(used)
+
+    def _use_float_inputs(self, node: fx.Node) -> None:
+        """Dequantizes what a float layer or the output reads."""
+        used = self._dequantize_inputs(node)
         if node.op == "output":
             self._make_outputs_contiguous(node)
         # A pickle loses the shapes; then a function is known to be of tensors by its input.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.graph.capture import Capture, Uncaptured
 from qtoolkit.graph.fuse_qat import fuse_qat
 from qtoolkit.graph.modules import called_module, free_name, graph_modules
@@ -28,13 +28,19 @@ from qtoolkit.graph.report import FloatLayer, Report, set_report
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
 from qtoolkit.graph.shared import SharedObserver, shared_ranges
+from qtoolkit.nn.kernels import activation_without_kernel, weight_without_kernel
 from qtoolkit.nn.qat.batch_norm import make_freezable
 from qtoolkit.observers import Observer, make_observer
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec, matches_name
 
 
 def prepare_model(
-    model: nn.Module, mapping: QConfigMapping, example_inputs: tuple[Any, ...], *, qat: bool
+    model: nn.Module,
+    mapping: QConfigMapping,
+    example_inputs: tuple[Any, ...],
+    *,
+    qat: bool,
+    on_nonfinite: str = "error",
 ) -> nn.Module:
     """A captured copy of the model with observers; see ``qtoolkit.prepare`` and ``prepare_qat``."""
     capture = Capture(model, example_inputs)
@@ -63,6 +69,9 @@ def prepare_model(
         for _, module in graph_modules(captured):
             fuse_qat(module)
         captured.train()
+    for child in captured.modules():
+        if isinstance(child, FakeQuantize):
+            child.on_nonfinite = on_nonfinite
     set_report(captured, report)
     return captured
 
@@ -88,6 +97,8 @@ def _assign_qconfigs(
     mapping: QConfigMapping,
     report: Report,
     seen: list[str],
+    *,
+    qat: bool,
 ) -> None:
     """Notes on every module that can be quantized how it shall be."""
     for node in module.graph.nodes:
@@ -105,8 +116,9 @@ def _assign_qconfigs(
             reason = "its qconfig keeps it in float"
         elif pattern.has_weight and qconfig.weight is None:
             reason = "its qconfig gives no weight format"
-        elif reason is None:
-            reason = _unsupported_formats(qconfig, has_weight=pattern.has_weight)
+        elif reason is None and not qat:
+            _check_observed(qconfig, name)
+            reason = _reason_without_kernel(qconfig, has_weight=pattern.has_weight)
         shape = float_shape(node)
         if reason is None and shape is not None and pattern.dimensions not in (None, len(shape)):
             reason = f"its output has {len(shape)} dimensions, the kernel's {pattern.dimensions}"
@@ -124,17 +136,22 @@ def _layer_name(prefix: str, node: fx.Node, module: fx.GraphModule) -> str:
     return prefix[:-1] if alone and prefix else prefix + str(node.target)
 
 
-def _unsupported_formats(qconfig: QConfig, *, has_weight: bool) -> str | None:
-    activation, weight = qconfig.activation, qconfig.weight
-    assert activation is not None
-    if activation.format not in ("uint8", "int8") or activation.granularity != "per_tensor":
-        return (
-            f"activations of format {activation.format} {activation.granularity} have no kernel "
-            "(uint8 and int8 per tensor have)"
-        )
-    if has_weight and weight is not None and (weight.format != "int8" or not weight.symmetric):
-        return f"weights of format {weight.format} have no kernel (symmetric int8 has)"
-    return None
+def _reason_without_kernel(qconfig: QConfig, *, has_weight: bool) -> str | None:
+    assert qconfig.activation is not None
+    reason = activation_without_kernel(qconfig.activation)
+    if reason is None and has_weight and qconfig.weight is not None:
+        reason = weight_without_kernel(qconfig.weight)
+    return reason
+
+
+def _check_observed(qconfig: QConfig | None, name: str) -> None:
+    """Post-training quantization has no training in which another method could learn."""
+    for spec in () if qconfig is None else (qconfig.activation, qconfig.weight):
+        if spec is not None and spec.method != "observed":
+            raise ValueError(
+                f"prepare: {name} is to be quantized with method {spec.method!r}, which is for "
+                'training: use qt.prepare_qat, or method "observed"'
+            )
 
 
 def find_matches(module: fx.GraphModule) -> list[Match]:
@@ -196,7 +213,7 @@ def _prepare_graph(
     *,
     qat: bool,
 ) -> None:
-    _assign_qconfigs(module, prefix, mapping, report, seen)
+    _assign_qconfigs(module, prefix, mapping, report, seen, qat=qat)
     matches = _drop_float_only(module, report, prefix)
 
     specs, names = _values_to_quantize(module, matches)
@@ -224,7 +241,7 @@ def _prepare_graph(
         group = groups[node]
         first = observers.get(group)
         if first is None:
-            make = FakeQuantize if qat else make_observer
+            make = make_fake_quantize if qat else make_observer
             first = make(spec, names[group]).to(device).train(module.training)
             observers[group] = first
             _insert_observer(module, node, suffix, first)

@@ -31,11 +31,13 @@ class Report:
         inputs: how many inputs the model takes.
         uncaptured: modules whose ``forward`` could not be traced.
         floats: layers that stay in float though they could be seen.
+        converted: whether ``convert`` made the model.
     """
 
     inputs: int = 1
     uncaptured: list[FloatLayer] = field(default_factory=list)
     floats: list[FloatLayer] = field(default_factory=list)
+    converted: bool = False
 
 
 _ATTRIBUTE = "qtoolkit_report"

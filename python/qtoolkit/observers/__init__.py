@@ -10,6 +10,7 @@ from qtoolkit.observers.histogram import HistogramObserver
 from qtoolkit.observers.minmax import MinMaxObserver
 from qtoolkit.observers.moving_average import MovingAverageMinMaxObserver
 from qtoolkit.observers.per_channel import PerChannelMinMaxObserver
+from qtoolkit.observers.per_group import PerGroupMinMaxObserver
 from qtoolkit.observers.registry import (
     get_observer_class,
     make_observer,
@@ -23,6 +24,7 @@ __all__ = [
     "MovingAverageMinMaxObserver",
     "Observer",
     "PerChannelMinMaxObserver",
+    "PerGroupMinMaxObserver",
     "get_observer_class",
     "make_observer",
     "register_observer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
@@ -58,6 +59,8 @@ class Observer(QuantizationState):
 
     Attributes:
         enabled: False while frozen; saved in the state dict.
+        on_nonfinite: "error", or "skip": then tensors that hold NaN or Inf leave the statistics as
+            they are, with one warning that names the observer.
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("per_tensor",)
@@ -71,6 +74,8 @@ class Observer(QuantizationState):
         self.spec = self.default_spec() if spec is None else spec
         self.name = name
         self.enabled = True
+        self.on_nonfinite = "error"
+        self._warned = False
         if self.spec.granularity not in self.granularities:
             raise ValueError(
                 f"{type(self).__name__}{self._for_name()} is for granularity "
@@ -93,9 +98,9 @@ class Observer(QuantizationState):
 
         Raises:
             TypeError: x is not a floating-point tensor.
-            ValueError: x is empty, or holds NaN or Inf. On an accelerator, and in compiled code,
-                NaN and Inf are recorded and reported by `calculate_qparams`, as a check here would
-                wait for the device.
+            ValueError: x is empty, or holds NaN or Inf and `on_nonfinite` is "error". On an
+                accelerator, and in compiled code, NaN and Inf are recorded and reported by
+                `calculate_qparams`, as a check here would wait for the device.
         """
         if not self.enabled:
             return x
@@ -118,6 +123,11 @@ class Observer(QuantizationState):
     def value_range(self) -> tuple[Tensor, Tensor]:
         """The least and greatest value that the quantized tensor should represent."""
         return self.min_val, self.max_val
+
+    @classmethod
+    def range_is_state(cls) -> bool:
+        """Whether `value_range` is min_val and max_val, element by element, as by default."""
+        return cls.value_range is Observer.value_range
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32): 0-dim per tensor, [channels] per channel.
@@ -176,7 +186,25 @@ class Observer(QuantizationState):
         return f" {self.name!r}" if self.name else ""
 
     def _checked(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
-        """The bounds of a batch, checked where that costs no synchronisation and no graph break."""
-        if min_val.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.check_finite(min_val, max_val)
-        return min_val, max_val
+        """The bounds of a batch, or (Inf, -Inf) for those of data to skip.
+
+        Checked where that costs no synchronisation and no graph break.
+        """
+        readable = min_val.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.on_nonfinite == "error":
+            if readable:
+                self.check_finite(min_val, max_val)
+            return min_val, max_val
+        finite = torch.isfinite(min_val) & torch.isfinite(max_val)
+        if readable and bool(finite.all()):
+            return min_val, max_val
+        if readable and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"observer{self._for_name()}: the data holds NaN or Inf and is skipped",
+                stacklevel=2,
+            )
+        return (
+            torch.where(finite, min_val, float("inf")),
+            torch.where(finite, max_val, float("-inf")),
+        )

@@ -67,7 +67,11 @@ class HistogramObserver(Observer):
         """Counts the values of x, and widens the histogram first where they lie outside it."""
         min_val, max_val = ops.min_max(x)
         # The range is needed on the host, so the check costs no further synchronisation.
-        self.check_finite(min_val, max_val)
+        if self.on_nonfinite == "error":
+            self.check_finite(min_val, max_val)
+        min_val, max_val = self._checked(min_val, max_val)
+        if bool(min_val > max_val):  # skipped
+            return
         min_val = torch.minimum(self.min_val, min_val)
         max_val = torch.maximum(self.max_val, max_val)
         lower, upper = min_val.item(), max_val.item()

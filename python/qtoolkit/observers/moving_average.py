@@ -48,8 +48,8 @@ class MovingAverageMinMaxObserver(Observer):
         min_val, max_val = self._checked(*ops.min_max(x))
         # Chosen on the device, as a branch on the state would wait for it.
         first = self.min_val == float("inf")
-        self.min_val.copy_(torch.where(first, min_val, self._average(self.min_val, min_val)))
-        self.max_val.copy_(torch.where(first, max_val, self._average(self.max_val, max_val)))
-
-    def _average(self, running: Tensor, batch: Tensor) -> Tensor:
-        return running + self.averaging_constant * (batch - running)
+        skipped = (min_val == float("inf")) & (max_val == float("-inf"))
+        for running, batch in ((self.min_val, min_val), (self.max_val, max_val)):
+            average = running + self.averaging_constant * (batch - running)
+            average = torch.where(first, batch, average)
+            running.copy_(torch.where(skipped, running, average))

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
+"""The key of a module's extra state in a state dict."""
 
 
 class QuantizationState(nn.Module):
-    """A module whose buffers are statistics or quantization parameters, not weights.
+    """A module whose tensors are statistics or quantization parameters, not weights.
 
-    - Buffers keep their dtype when a model is converted with `.half()` or `.to(dtype)`.
+    - They keep their dtype when a model is converted with `.half()` or `.to(dtype)`.
     - A checkpoint that knows nothing of this module (that of the float model) loads with
       strict=True and leaves the state as it is.
     - Flags are Python bools, so that reading them costs no device synchronisation and no graph
@@ -23,7 +24,7 @@ class QuantizationState(nn.Module):
 
     flags: ClassVar[tuple[str, ...]] = ()
     resizable: ClassVar[tuple[str, ...]] = ()
-    """Buffers whose shape is that of the data: [0] at first, taken from a loaded state dict."""
+    """Tensors whose shape is that of the data: [0] at first, taken from a loaded state dict."""
 
     def get_extra_state(self) -> Tensor:
         """The flags, uint8 [len(flags)]."""
@@ -49,10 +50,14 @@ class QuantizationState(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if not any(prefix + name in state_dict for name in (*self._buffers, _EXTRA_STATE)):
+        names = (*self._buffers, *self._parameters, EXTRA_STATE)
+        if not any(prefix + name in state_dict for name in names):
             return
         for name in self.resizable:
-            incoming = state_dict.get(prefix + name)
-            if isinstance(incoming, Tensor):
-                getattr(self, name).resize_(incoming.shape)
+            own, incoming = getattr(self, name, None), state_dict.get(prefix + name)
+            if isinstance(own, Tensor) and isinstance(incoming, Tensor):
+                if isinstance(own, nn.Parameter):
+                    own.data = own.data.new_empty(incoming.shape)
+                else:
+                    own.resize_(incoming.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

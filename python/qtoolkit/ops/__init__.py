@@ -17,7 +17,10 @@ not finite), zero point or range that does not fit. The message names operator a
 import qtoolkit._library  # noqa: F401  (registers the operators)
 from qtoolkit.ops.fake_quantize import (
     fake_quantize_per_channel,
+    fake_quantize_per_group,
     fake_quantize_per_tensor,
+    fake_quantize_relu,
+    observe_fake_quantize,
 )
 from qtoolkit.ops.integer import (
     adaptive_avg_pool2d,
@@ -39,26 +42,30 @@ from qtoolkit.ops.statistics import (
     min_max,
     min_max_per_channel,
 )
-from qtoolkit.ops.training import conv2d_train, max_pool2d_train
+from qtoolkit.ops.training import batch_norm_act, conv2d_train, max_pool2d_train
 
 __all__ = [
     "adaptive_avg_pool2d",
     "add",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_act",
     "cat",
     "conv2d",
     "conv2d_train",
     "dequantize_per_channel",
     "dequantize_per_tensor",
     "fake_quantize_per_channel",
+    "fake_quantize_per_group",
     "fake_quantize_per_tensor",
+    "fake_quantize_relu",
     "histogram",
     "linear",
     "max_pool2d",
     "max_pool2d_train",
     "min_max",
     "min_max_per_channel",
+    "observe_fake_quantize",
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",

@@ -45,3 +45,69 @@ def fake_quantize_per_channel(
     return torch.ops.qtoolkit.fake_quantize_per_channel(
         x, scale, zero_point, ch_axis, quant_min, quant_max
     )
+
+
+def fake_quantize_per_group(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """fake_quantize_per_tensor with parameters for each group of elements along the last axis.
+
+    scale and zero_point: [*x.shape[:-1], ceil(x.size(-1) / group_size)]; the last group of a row
+    may be shorter. The result is contiguous.
+    """
+    return torch.ops.qtoolkit.fake_quantize_per_group(
+        x, scale, zero_point, group_size, quant_min, quant_max
+    )
+
+
+def fake_quantize_relu(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """fake_quantize_per_tensor(relu(x)) in one pass.
+
+    The gradient of x is passed where x is above 0 and in the range of the codes.
+    """
+    return torch.ops.qtoolkit.fake_quantize_relu(x, scale, zero_point, quant_min, quant_max)
+
+
+def observe_fake_quantize(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    averaging_constant: float,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+) -> Tensor:
+    """Moves a running range towards that of x, then fake_quantize_per_tensor(x) with its parameters.
+
+    min_val, max_val (float32), scale (float32) and zero_point (int32), one element each, are
+    changed in place. The first range, where min_val is +Inf, is that of x; later ones move by
+    averaging_constant of the difference (Jacob et al., 2018, section 3.1). scale and zero_point
+    follow from it as in `MovingAverageMinMaxObserver`, bit for bit. Where x holds NaN or Inf the
+    range stays as it is; where there is none yet, x comes back unchanged.
+
+    Raises ValueError if x is empty.
+    """
+    return torch.ops.qtoolkit.observe_fake_quantize(
+        x,
+        min_val,
+        max_val,
+        scale,
+        zero_point,
+        averaging_constant,
+        quant_min,
+        quant_max,
+        symmetric,
+    )

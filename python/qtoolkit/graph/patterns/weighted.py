@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from qtoolkit.graph.notes import note_of, set_note
 from qtoolkit.graph.patterns.registry import Match
 from qtoolkit.nn.qat.weighted import Conv2d, Linear, folded_bias
-from qtoolkit.nn.weights import IntegerWeight, quantize_weight, weight_qparams
+from qtoolkit.nn.weights import IntegerWeight, quantize_weight
 from qtoolkit.qconfig import QConfig
 
 # More products of 8-bit codes than this could overflow an int32 sum: 255 * 128 each.
@@ -38,10 +38,11 @@ def integer_weight_and_bias(
     layer: nn.Conv2d | nn.Linear, match: Match, qconfig: QConfig
 ) -> tuple[IntegerWeight, Tensor | None]:
     """A layer's weight as codes, and its float bias, batch norm folded in."""
-    if layer.bias is not None and not bool(torch.isfinite(layer.bias).all()):
-        raise ValueError(
-            f"{match.anchor.target}.bias holds NaN or Inf; check the model's checkpoint"
-        )
+    for name, tensor in (("bias", layer.bias), ("weight", layer.weight)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{match.anchor.target}.{name} holds NaN or Inf; check the model's checkpoint"
+            )
     if isinstance(layer, Conv2d | Linear):
         weight = layer.integer_weight(match.batch_norm)
         if match.batch_norm is None:
@@ -49,5 +50,4 @@ def integer_weight_and_bias(
         return weight, folded_bias(layer.bias, match.batch_norm)
     assert qconfig.weight is not None
     assert match.batch_norm is None
-    scale, zero_point = weight_qparams(layer.weight, qconfig.weight, str(match.anchor.target))
-    return quantize_weight(layer.weight, scale, zero_point, qconfig.weight), layer.bias
+    return quantize_weight(layer.weight, qconfig.weight, str(match.anchor.target)), layer.bias

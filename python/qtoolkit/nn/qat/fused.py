@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qtoolkit import ops
-from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.fake_quantize import ObservedFakeQuantize
 from qtoolkit.nn import functional
 from qtoolkit.nn.qat.batch_norm import BatchNorm1d, BatchNorm2d
 from qtoolkit.observers.moving_average import MovingAverageMinMaxObserver
@@ -110,12 +110,13 @@ def _run(
         relu is not None,
         float(relu.max_val) if isinstance(relu, nn.Hardtanh) else None,
     )
-    if not isinstance(fake_quant, FakeQuantize) or not _is_moving_average(fake_quant):
+    if not isinstance(fake_quant, ObservedFakeQuantize) or not _is_moving_average(fake_quant):
         return ops.batch_norm_act(*options), False
     observer, spec = fake_quant.observer, fake_quant.spec
+    assert isinstance(observer, MovingAverageMinMaxObserver)
     observes = fake_quant.observing and fake_quant.training and observer.enabled
     if not observes:
-        fake_quant._check_ready()
+        fake_quant.check_ready()
     y = ops.batch_norm_act(
         *options,
         observer.min_val,
@@ -127,16 +128,19 @@ def _run(
         spec.quant_min,
         spec.quant_max,
     )
+    if observes:
+        fake_quant.note_measured()
     return y, True
 
 
-def _is_moving_average(fake_quant: FakeQuantize) -> bool:
+def _is_moving_average(fake_quant: ObservedFakeQuantize) -> bool:
     """True where the range is a moving average, and values are rounded to it."""
     return (
-        _is(fake_quant, FakeQuantize)
+        _is(fake_quant, ObservedFakeQuantize)
         and _is(fake_quant.observer, MovingAverageMinMaxObserver)
         and fake_quant.spec.granularity == "per_tensor"
         and fake_quant.fake_quantizing
+        and fake_quant.on_nonfinite == "skip"  # as the operator does
     )
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.fake_quantize import FakeQuantize
+from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
+from qtoolkit.nn.kernels import weight_without_kernel
 from qtoolkit.nn.sharing import keep_mark
-from qtoolkit.nn.weights import IntegerWeight, fold_scale, quantize_weight
+from qtoolkit.nn.weights import IntegerWeight, fold_scale
 from qtoolkit.qconfig import TensorSpec
 
 
@@ -31,8 +32,9 @@ class _FakeQuantizedWeight:
     weight_fake_quant: FakeQuantize
 
     def _init_fake_quant(self, spec: TensorSpec, name: str, batch_norm: nn.Module | None) -> None:
-        self.weight_fake_quant = FakeQuantize(spec, name=f"{name}.weight", is_weight=True)
-        commutes = spec.symmetric and spec.granularity == "per_channel"
+        self.weight_fake_quant = make_fake_quantize(spec, f"{name}.weight", is_weight=True)
+        # Where there is no integer kernel the batch norm is not folded at all.
+        commutes = spec.granularity == "per_channel" or weight_without_kernel(spec) is not None
         # In a tuple, so that it is not registered a second time as a child of this module.
         self._folded = () if batch_norm is None or commutes else (batch_norm,)
         self.folds_batch_norm = batch_norm is not None
@@ -58,8 +60,7 @@ class _FakeQuantizedWeight:
         if factor is not None:
             weight = weight * factor.reshape(-1, *([1] * (weight.dim() - 1)))
         self.weight_fake_quant(weight)
-        scale, zero_point = self.weight_fake_quant.calculate_qparams()
-        codes = quantize_weight(weight, scale, zero_point, self.weight_fake_quant.spec)
+        codes = IntegerWeight(*self.weight_fake_quant.integer_codes(weight))
         if batch_norm is None:
             return codes
         wanted = batch_norm_factor(batch_norm).detach()
@@ -94,7 +95,7 @@ class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
             weight,
             self.bias,
             list(self.stride),
-            list(self.padding),
+            list(self.padding),  # type: ignore[arg-type]
             list(self.dilation),
             self.groups,
             x_scale,
@@ -130,10 +131,10 @@ def _code_format(
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
     """Scale, zero point and range of the codes of what a module fake-quantized; None if there are
     none."""
-    if fake_quant is None or not fake_quant.ready or not fake_quant.fake_quantizing:
+    codes = None if fake_quant is None else fake_quant.code_parameters()
+    if fake_quant is None or codes is None:
         return None, None, (0, 255)
-    spec = fake_quant.spec
-    return fake_quant.scale, fake_quant.zero_point, (spec.quant_min, spec.quant_max)
+    return *codes, (fake_quant.spec.quant_min, fake_quant.spec.quant_max)
 
 
 def make_conv2d(
@@ -171,10 +172,8 @@ def _adopt(
     keep_mark(module, result)
     result._init_fake_quant(spec, name, batch_norm)
     result.weight_fake_quant.to(module.weight.device)
+    result.weight_fake_quant.allocate(module.weight)
     result.train(module.training)
-    # A first range, so that no buffer changes its shape later (averaged copies rely on that).
-    with torch.no_grad():
-        result.quantized_weight()
     return result
 
 

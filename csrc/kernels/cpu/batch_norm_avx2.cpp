@@ -1,0 +1,25 @@
+#include <immintrin.h>
+
+#include "kernels/batch_norm.h"
+
+#define QT_VECTOR_BYTES 32
+#define QT_CHANNEL_GROUP 16  // channels whose sums are in registers at once
+
+namespace qtoolkit::kernels::avx2 {
+namespace {
+
+using Floats = float __attribute__((vector_size(QT_VECTOR_BYTES)));
+using Masks = int32_t __attribute__((vector_size(QT_VECTOR_BYTES)));
+
+// The bits of the lanes that are -1, and back.
+inline uint32_t bits_of(const Masks& masks) {
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)masks));
+}
+inline Masks masks_of(uint32_t bits) {
+  const Masks bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  return ((static_cast<int32_t>(bits) - Masks{}) & bit) != 0;
+}
+
+}  // namespace
+#include "kernels/cpu/batch_norm.inl"
+}  // namespace qtoolkit::kernels::avx2

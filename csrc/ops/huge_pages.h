@@ -1,0 +1,21 @@
+// Memory of big CPU tensors in huge pages.
+//
+// A fresh tensor's memory is mapped when it is first written, page by page: for 100 MB in pages of
+// 4 KiB that takes several times the copy into it; in pages of 2 MiB, a fraction.
+#pragma once
+
+#include <c10/core/Allocator.h>
+
+#include <cstddef>
+
+namespace qtoolkit::ops {
+
+// Tensors from this size on are worth it.
+inline constexpr size_t kHugePageBytes = size_t{2} << 20;
+inline constexpr size_t kHugeTensorBytes = 2 * kHugePageBytes;
+
+// PyTorch's CPU allocator, from which blocks of kHugeTensorBytes and more come aligned to huge
+// pages, which the system is asked to use (where it knows them). Smaller blocks are as ever.
+c10::Allocator* huge_page_allocator();
+
+}  // namespace qtoolkit::ops
