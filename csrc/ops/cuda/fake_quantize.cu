@@ -18,7 +18,8 @@ void run(const Tensor& x, const Tensor& scale, const Tensor& zero_point, Optiona
          OptionalInt group_size, int64_t quant_min, int64_t quant_max, bool relu, const Tensor& y,
          const Tensor& mask) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::MemoryFormat format = y.suggest_memory_format();
+  const at::MemoryFormat format =
+      group_size ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
   const Tensor dense = x.contiguous(format);
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
   const FakeQuantizeOp op{.qparams = {.scale = const_data<float>(scales),

@@ -47,10 +47,13 @@ struct RangeState {
   int32_t quant_min = 0, quant_max = 255;
 
   __device__ void observe(const Extremes& batch) const {
-    if (!isfinite(batch.minimum) || !isfinite(batch.maximum)) return;
-    const bool first = *min_val == kInf;
-    const float minimum = first ? batch.minimum : average(*min_val, batch.minimum);
-    const float maximum = first ? batch.maximum : average(*max_val, batch.maximum);
+    float minimum = *min_val, maximum = *max_val;
+    if (isfinite(batch.minimum) && isfinite(batch.maximum)) {
+      const bool first = minimum == kInf;
+      minimum = first ? batch.minimum : average(minimum, batch.minimum);
+      maximum = first ? batch.maximum : average(maximum, batch.maximum);
+    }
+    if (minimum == kInf) return;  // still nothing known
     *min_val = minimum;
     *max_val = maximum;
     const float low = fminf(minimum, 0.0f), high = fmaxf(maximum, 0.0f);

@@ -17,8 +17,8 @@ namespace qtoolkit::ops {
 template <class T>
 struct ReduceArgs {
   const T* x = nullptr;
-  const T* other = nullptr;
-  T* out = nullptr;
+  const T* other = nullptr;       // or none: 0
+  T* out = nullptr;               // or none; may be x or other
   const uint8_t* mask = nullptr;  // or none
   int64_t outer = 1, channels = 1, inner = 1;
   bool vectors = false;  // words can be moved at once
@@ -35,7 +35,10 @@ struct Loaded {
 
   __device__ void load(const ReduceArgs<T>& args, int64_t at, int count) {
     x = load_word(args.x + at, count, args.vectors);
-    if constexpr (Op::kTwo) other = load_word(args.other + at, count, args.vectors);
+    other = {};
+    if (Op::kTwo && args.other != nullptr) {
+      other = load_word(args.other + at, count, args.vectors);
+    }
     bits = 0xffu;
     if (args.mask == nullptr) return;
     if (args.vectors && count >= Word<T>::kSize) {  // at is a multiple of kSize
