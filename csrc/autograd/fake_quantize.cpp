@@ -23,13 +23,6 @@ Tensor masked(const Tensor& grad, const Tensor& mask, int64_t layout) {
   return op.call(grad, mask, layout);
 }
 
-// The rule by which PyTorch itself adds gradients in place (torch/csrc/autograd/input_buffer.cpp).
-bool nobody_else_sees(const Tensor& grad) {
-  return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && !grad._is_zerotensor() &&
-         !grad.is_nested() && grad.has_storage() && at::caching::adjusted_use_count(grad) == 1 &&
-         grad.storage().use_count() == 1;
-}
-
 // The mask is constant almost everywhere: the gradient of the gradient passes it too.
 struct MaskBackward : torch::autograd::Function<MaskBackward> {
   static constexpr bool is_traceable = true;
@@ -126,6 +119,13 @@ Tensor fake_quantize_mask_backward(const Tensor& grad, const Tensor& mask, int64
 }
 
 }  // namespace
+
+// The rule by which PyTorch itself adds gradients in place (torch/csrc/autograd/input_buffer.cpp).
+bool nobody_else_sees(const Tensor& grad) {
+  return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && !grad._is_zerotensor() &&
+         !grad.is_nested() && grad.has_storage() && at::caching::adjusted_use_count(grad) == 1 &&
+         grad.storage().use_count() == 1;
+}
 
 void save_mask(AutogradContext* ctx, const Tensor& mask, int64_t layout) {
   ctx->save_for_backward({mask});

@@ -23,6 +23,9 @@ inline bool needs_gradient(const Tensor& x) {
   return (at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(/*level=*/0).defined();
 }
 
+// Whether a backward may overwrite this gradient: nobody else can see it.
+bool nobody_else_sees(const Tensor& grad);
+
 // Saves the mask of a tensor in that layout (ops/layout.h).
 void save_mask(AutogradContext* ctx, const Tensor& mask, int64_t layout);
 

@@ -6,6 +6,7 @@
 #include "kernels/convert.h"
 #include "kernels/elementwise.h"
 #include "kernels/fake_quantize.h"
+#include "kernels/learned.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"

@@ -12,6 +12,7 @@ from qtoolkit import _library  # isort: skip  (loads the operators, which the re
 from qtoolkit import export, nn, observers, ops
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
+from qtoolkit.distributed import synchronize
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
@@ -59,4 +60,5 @@ __all__ = [
     "ops",
     "prepare",
     "prepare_qat",
+    "synchronize",
 ]

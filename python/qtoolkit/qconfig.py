@@ -149,12 +149,7 @@ class TensorSpec(_JsonFields):
         """Why the method is not for an "activation" or a "weight", or None if it is."""
         from qtoolkit.fake_quantize.registry import get_fake_quantize_class
 
-        roles = get_fake_quantize_class(self.method).roles
-        if role not in roles:
-            return f"method {self.method!r} is for {' and '.join(f'{r}s' for r in roles)}"
-        if role == "activation" and self.granularity != "per_tensor":
-            return "activations are quantized per tensor"
-        return None
+        return get_fake_quantize_class(self.method).problem_as(self, role)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtoolkit.distributed import (
+    gathered,
+    install_synchronizer,
+    on_all_ranks,
+    remove_synchronizer,
+    synchronize,
+    unwrapped,
+)
 from qtoolkit.fake_quantize import ON_NONFINITE
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
@@ -112,9 +120,11 @@ def prepare_qat(
         raise ValueError(
             f"prepare_qat: on_nonfinite must be one of {ON_NONFINITE}, got {on_nonfinite!r}"
         )
-    return prepare_model(
+    prepared = prepare_model(
         model, mapping, _as_tuple(example_inputs), qat=True, on_nonfinite=on_nonfinite
     )
+    install_synchronizer(prepared)
+    return prepared
 
 
 def _check_mapping(mapping: Any, function: str) -> None:
@@ -155,6 +165,9 @@ def calibrate(
 ) -> nn.Module:
     """Runs a prepared model on representative data, so that its observers see the activations.
 
+    Under ``torch.distributed`` each rank runs it on its share of the data, and all have the ranges
+    of all data at the end; the shares may differ in size.
+
     Args:
         prepared: the result of ``prepare`` (or ``prepare_qat``); it is changed and returned.
         loader: batches: tensors, tuples ``(input, label)``, or dicts of keyword inputs.
@@ -164,31 +177,33 @@ def calibrate(
     Raises:
         ValueError: the model is not prepared, there is no data, or a batch gives NaN or infinite
             activations (names the layer).
+        RuntimeError: it failed on another rank, or the models of the ranks differ.
     """
-    report = get_report(prepared)
+    model = unwrapped(prepared)
+    report = get_report(model)
     if report is None:
         raise ValueError("calibrate needs the result of qt.prepare")
-    if _is_converted(prepared):
+    if _is_converted(model):
         raise ValueError("calibrate: this model is converted already; calibrate the prepared one")
-    observers = _observers(prepared)
-    device = next((p.device for p in prepared.parameters()), None)
-    training = {module: module.training for module in prepared.modules()}
-    prepared.eval()
+    observers = _observers(model)
+    device = next((p.device for p in model.parameters()), None)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     # A fake-quantize module observes in training only.
     for observer in observers:
         observer.train()
-    batches = 0
-    bar = batch_bar(loader, max_batches, "calibrate", progress=progress)
     try:
-        with torch.no_grad():
-            for batch in bar:
-                _call(prepared, batch, report.inputs, device)
+        with on_all_ranks("calibrate"), torch.no_grad():
+            batches = 0
+            for batch in batch_bar(loader, max_batches, "calibrate", progress=progress):
+                _call(model, batch, report.inputs, device)
                 batches += 1
+            if batches == 0:
+                raise ValueError("calibrate got no data: the loader is empty")
     finally:
         for module, mode in training.items():
             module.training = mode
-    if batches == 0:
-        raise ValueError("calibrate got no data: the loader is empty")
+    synchronize(model)
     return prepared
 
 
@@ -198,7 +213,8 @@ def convert(prepared: nn.Module) -> nn.Module:
     Args:
         prepared: the result of ``prepare`` after ``calibrate``, or of ``prepare_qat`` after
         training.
-            It is not changed.
+            It is not changed. Parameters that are sharded over ranks (FSDP2) are gathered: then
+            all ranks call this together.
 
     Returns:
         A copy in evaluation mode, made of ordinary modules with plain uint8 and int8 tensors.
@@ -207,12 +223,15 @@ def convert(prepared: nn.Module) -> nn.Module:
         RuntimeError: the model is not calibrated; names the layer.
         ValueError: the model is not prepared, or activations were NaN or infinite; names the layer.
     """
+    prepared = unwrapped(prepared)
     report = get_report(prepared)
     if report is None:
         raise ValueError("convert needs the result of qt.prepare or qt.prepare_qat")
     if _is_converted(prepared):
         raise ValueError("convert: this model is converted already")
-    quantized = copy.deepcopy(prepared).eval()
+    with gathered(prepared):
+        quantized = copy.deepcopy(prepared).eval()
+    remove_synchronizer(quantized)
     report = copy.deepcopy(report)
     report.converted = True
     for name, module in list(graph_modules(quantized)):

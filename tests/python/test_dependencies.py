@@ -32,7 +32,7 @@ CPP_STANDARD = """
     regex scoped_allocator semaphore set shared_mutex source_location span sstream stack
     stdexcept stop_token streambuf string string_view strstream syncstream system_error thread
     tuple type_traits typeindex typeinfo unordered_map unordered_set utility valarray variant
-    vector version immintrin.h arm_neon.h
+    vector version emmintrin.h immintrin.h arm_neon.h
 """
 
 # Modules of python/qtoolkit, from the lowest layer up; the longest name that fits a module counts.

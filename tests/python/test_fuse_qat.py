@@ -52,16 +52,22 @@ def test_unfusing_gives_back_the_calls_of_the_modules():
     assert [(node.op, str(node.target)) for node in model.graph.nodes] == before
 
 
-def test_fused_training_is_the_training_of_the_modules():
+@pytest.mark.parametrize("rounding", [True, False])
+def test_fused_training_is_the_training_of_the_modules(rounding):
     one, other = prepared(), prepared()
     unfuse_qat(other)
+    if not rounding:
+        qt.disable_fake_quant(one)
+        qt.disable_fake_quant(other)
+    # With rounding, a value at the edge of two codes may take the other one.
+    tolerance = 0.1 if rounding else 1e-4
     for x, y in digits()[0][:3]:
         loss, grads = step(one, x, y)
         expected, expected_grads = step(other, x, y)
-        assert torch.allclose(loss, expected, rtol=1e-3)
+        assert torch.allclose(loss, expected, rtol=1e-2 if rounding else 1e-5)
         for name, grad in grads.items():
             error = (grad - expected_grads[name]).norm() / expected_grads[name].norm()
-            assert error < 0.02, name  # a value at the edge of two codes may take the other one
+            assert error < tolerance, name
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
         assert torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-3), name
 
@@ -132,13 +138,16 @@ def test_residuals_activations_and_layouts_of_all_kinds_train():
     model = settle(Kinds(), (8, 3, 32, 32))
     torch.manual_seed(0)
     qat = qt.prepare_qat(model, example_inputs=(torch.randn(2, 3, 32, 32),))
+    qt.disable_fake_quant(qat)
     other = copy.deepcopy(qat)
     unfuse_qat(other)
     x = torch.randn(8, 3, 32, 32)
     torch.manual_seed(1)
     y = qat(x)
     torch.manual_seed(1)
-    assert torch.allclose(y, other(x), rtol=1e-2, atol=2e-2)
+    assert torch.allclose(y, other(x), rtol=1e-4, atol=1e-4)
+    qt.enable_fake_quant(qat)
+    y = qat(x)
     y.sum().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in qat.parameters())
 

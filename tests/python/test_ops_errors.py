@@ -19,6 +19,14 @@ META = torch.zeros(2, 3, 6, 6, device="meta")
 
 PER_TENSOR = {"x": F32, "scale": S, "zero_point": Z, "quant_min": 0, "quant_max": 255}
 PER_CHANNEL = {**PER_TENSOR, "scale": S3, "zero_point": Z3, "ch_axis": 1}
+LSQ = {
+    "x": F32,
+    "scale": torch.tensor([0.1]),
+    "zero_point": None,
+    "ch_axis": None,
+    "quant_min": -8,
+    "quant_max": 7,
+}
 ADD = {
     "a": U8,
     "a_scale": S,
@@ -73,6 +81,8 @@ GOOD = {
     "fake_quantize_per_channel": PER_CHANNEL,
     "dequantize_per_tensor": {"x": U8, "scale": S, "zero_point": Z},
     "dequantize_per_channel": {"x": U8, "scale": S3, "zero_point": Z3, "ch_axis": 1},
+    "fake_quantize_lsq": LSQ,
+    "fake_quantize_pact": {"x": F32, "alpha": torch.tensor([6.0]), "quant_max": 15},
     "min_max": {"x": F32},
     "min_max_per_channel": {"x": F32, "ch_axis": 1},
     "histogram": {"x": F32, "bins": 4, "lower": 0.0, "upper": 1.0},
@@ -119,6 +129,23 @@ BAD = [
     ("fake_quantize_per_tensor", {"scale": -0.5}, ValueError, "scale must be positive"),
     ("fake_quantize_per_tensor", {"zero_point": 300}, ValueError, "lie in [0, 255], got 300"),
     ("fake_quantize_per_channel", {"x": F32[0, 0, 0, 0]}, ValueError, "x has no dimensions"),
+    ("fake_quantize_lsq", {"x": F32.double()}, TypeError, "x must be float32"),
+    ("fake_quantize_lsq", {"scale": S3}, ValueError, "scale must hold one element, got [3]"),
+    ("fake_quantize_lsq", {"scale": S.double()}, TypeError, "scale must be float32"),
+    ("fake_quantize_lsq", {"scale": S * math.nan}, ValueError, "got nan; training diverged"),
+    ("fake_quantize_lsq", {"scale": S.to("meta")}, ValueError, "move them to one device"),
+    ("fake_quantize_lsq", {"ch_axis": 1}, ValueError, "scale must hold one element for each of 3"),
+    ("fake_quantize_lsq", {"ch_axis": 4, "scale": S3}, ValueError, "ch_axis must lie in [-4, 3]"),
+    ("fake_quantize_lsq", {"zero_point": Z}, TypeError, "zero_point must be float32"),
+    ("fake_quantize_lsq", {"zero_point": S3}, ValueError, "zero_point must hold one element"),
+    ("fake_quantize_lsq", {"zero_point": S / 0}, ValueError, "zero_point must be finite, got inf"),
+    ("fake_quantize_lsq", {"quant_min": 1}, ValueError, "the codes must include 0"),
+    ("fake_quantize_lsq", {"quant_max": 200}, ValueError, "[-128, 127] or [0, 255]"),
+    ("fake_quantize_lsq", {"grad_scale": math.inf}, ValueError, "grad_scale must be finite"),
+    ("fake_quantize_pact", {"x": U8}, TypeError, "x must be float32"),
+    ("fake_quantize_pact", {"alpha": S3}, ValueError, "alpha must hold one element"),
+    ("fake_quantize_pact", {"alpha": S / 0}, ValueError, "alpha must be finite"),
+    ("fake_quantize_pact", {"quant_max": 0}, ValueError, "quant_min < quant_max"),
     ("dequantize_per_tensor", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
     ("dequantize_per_tensor", {"x": U8.int()}, TypeError, "got int32"),
     ("dequantize_per_tensor", {"zero_point": zero_point(-4)}, ValueError, "lie in [0, 255]"),

@@ -39,6 +39,17 @@ def codes_of_mask() -> Tensor:
     return random_codes((15,))
 
 
+def parameter(*value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+PAIR = (torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def parameters() -> tuple[Tensor, ...]:
+    return tuple(p.clone().requires_grad_() for p in PAIR)
+
+
 def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
     return random_codes((2, 3, 4, 5), dtype)
 
@@ -105,6 +116,24 @@ SAMPLES = {
         (floats().to(memory_format=LAST), *state(-1.0, 2.0), 0.1, -127, 127, True),
     ],
     "observe_fake_quantize_mask": [(floats(), *state(), 0.1, 0, 255, False)],
+    "fake_quantize_lsq": [
+        (floats(True), parameter(0.5), None, None, -8, 7, 0.1),
+        (floats(True).to(memory_format=LAST), *parameters(), 1, 0, 15, 1.0),
+        (floats().half(), torch.tensor([0.5]), torch.tensor([1.0]), None, -8, 7, 1.0),
+    ],
+    "fake_quantize_lsq_backward": [
+        (floats(), floats(), torch.tensor([0.5]), None, None, -8, 7, 0.1),
+        (floats(), floats().to(memory_format=LAST), *PAIR, 1, 0, 15, 1.0),
+    ],
+    "fake_quantize_lsq_backward_": [
+        (floats(), floats(), torch.tensor([0.5]), torch.tensor([1.0]), None, -8, 7, 0.1),
+    ],
+    "fake_quantize_pact": [
+        (floats(True), parameter(3.0), 15),
+        (floats().bfloat16().to(memory_format=LAST), torch.tensor([3.0]), 255),
+    ],
+    "fake_quantize_pact_backward": [(floats(), floats(), torch.tensor([3.0]), 15)],
+    "fake_quantize_pact_backward_": [(floats(), floats(), torch.tensor([3.0]), 15)],
     "min_max": [(floats(),)],
     "min_max_per_channel": [(floats(), 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
@@ -191,7 +220,9 @@ def test_every_operator_has_a_sample_and_a_wrapper():
     }
     assert registered == set(SAMPLES)
     internal = {name for name in registered if not hasattr(ops, name)}
-    assert {name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))} == set()
+    assert {
+        name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))
+    } == set()
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)

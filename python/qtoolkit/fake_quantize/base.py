@@ -69,8 +69,11 @@ class FakeQuantize(QuantizationState):
         super().__init__()
         self.spec = spec
         self.is_weight = spec.granularity != "per_tensor" if is_weight is None else is_weight
+        problem = self.problem_as(spec, "weight" if self.is_weight else "activation")
+        if problem is not None and is_weight is not None:
+            raise ValueError(f"FakeQuantize of {name!r}: {problem}, got {spec}")
         self.observer: Observer | None = None
-        if self.uses_observer(spec) and not self.is_learned_weight():
+        if self.uses_observer(spec):
             self.observer = make_observer(spec, name)
         self._name = name
         self._warned = False
@@ -97,6 +100,15 @@ class FakeQuantize(QuantizationState):
             )
         if spec.granularity not in cls.granularities:
             return f"is for granularity {' or '.join(cls.granularities)}, not {spec.granularity}"
+        return None
+
+    @classmethod
+    def problem_as(cls, spec: TensorSpec, role: str) -> str | None:
+        """Why the method is not for an "activation" or a "weight" of a spec, or None."""
+        if role not in cls.roles:
+            return f"method {spec.method!r} is for {' and '.join(f'{r}s' for r in cls.roles)}"
+        if role == "activation" and spec.granularity != "per_tensor":
+            return "activations are quantized per tensor"
         return None
 
     @property
@@ -173,13 +185,15 @@ class FakeQuantize(QuantizationState):
             raise ValueError(self._nonfinite_message())
         return scale, zero_point
 
-    def code_parameters(self) -> tuple[Tensor, Tensor] | None:
-        """Scale and zero point of what the last call gave, if that is codes of at most 8 bits."""
-        is_integer = get_format(self.spec.format).kind in ("integer", "ternary", "binary")
-        if not (is_integer and self.ready and self.fake_quantizing):
+    def code_format(self) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
+        """Scale, int32 zero point and range of the codes that the values of the last call are.
+
+        None where they are no codes per tensor or per output channel. Reads no value on the host.
+        """
+        codes = get_format(self.spec.format).has_codes and self.spec.granularity != "per_group"
+        if not codes or self.spec.axis != 0 or not self.ready or not self.fake_quantizing:
             return None
-        scale, zero_point = self._qparams()
-        return scale.detach(), zero_point.detach().to(torch.int32)
+        return *self._qparams(), (self.spec.quant_min, self.spec.quant_max)
 
     def integer_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A weight as codes: the very values that `forward` gives in evaluation, undivided.
@@ -243,10 +257,6 @@ class FakeQuantize(QuantizationState):
             )
 
     # What a method implements.
-
-    def is_learned_weight(self) -> bool:
-        """Whether the module begins with its own rule for weights instead of an observer."""
-        return False
 
     def _observe(self, x: Tensor) -> tuple[Tensor, ...]:
         """Takes notice of x, sets `ready` and returns what to quantize x with."""

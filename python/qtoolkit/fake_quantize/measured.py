@@ -9,6 +9,13 @@ from qtoolkit.fake_quantize.base import FakeQuantize
 from qtoolkit.qconfig import TensorSpec
 
 
+def over_channels(x: Tensor, spec: TensorSpec) -> Tensor:
+    """x as [scales, values of each]."""
+    if spec.granularity == "per_tensor":
+        return x.reshape(1, -1)
+    return x.transpose(0, spec.axis).flatten(1)
+
+
 class MeasuredFakeQuantize(FakeQuantize):
     """Base of the methods whose parameters are functions of the data.
 
@@ -24,7 +31,8 @@ class MeasuredFakeQuantize(FakeQuantize):
         super().__init__(spec, name, is_weight=is_weight)
         shape = () if spec.granularity == "per_tensor" else (0,)
         self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        if "zero_point" in self.measures:
+            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
 
     def allocate(self, x: Tensor) -> None:
         """Measures x, so that every buffer has its shape and a first value."""
@@ -34,6 +42,26 @@ class MeasuredFakeQuantize(FakeQuantize):
     def _measure(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parameters for x, one for each name in `measures`; without gradient."""
         raise NotImplementedError
+
+    def show_observer(self, x: Tensor) -> None:
+        """Lets the observer see x; of a weight nothing else."""
+        assert self.observer is not None
+        if self.is_weight:
+            self.observer.reset()
+        self.observer(x)
+
+    def ch_axis(self) -> int | None:
+        """The channel dimension, None per tensor."""
+        return self.spec.axis if self.spec.granularity == "per_channel" else None
+
+    def measured_shape(self) -> tuple[int, ...]:
+        """[] per tensor, [-1] per channel."""
+        return () if self.spec.granularity == "per_tensor" else (-1,)
+
+    def _qparams(self) -> tuple[Tensor, Tensor]:
+        if "zero_point" in self.measures:
+            return self.scale, self.zero_point
+        return self.scale, torch.zeros_like(self.scale, dtype=torch.int32)
 
     def _known(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.measures)

@@ -55,9 +55,7 @@ class ObservedFakeQuantize(MeasuredFakeQuantize):
 
     def _measure(self, x: Tensor) -> tuple[Tensor, ...]:
         assert self.observer is not None
-        if self.is_weight:
-            self.observer.reset()
-        self.observer(self._grouped(x))
+        self.show_observer(self._grouped(x))
         return self.observer.calculate_qparams_unchecked()
 
     def _grouped(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize
@@ -28,7 +29,12 @@ def fuse_qat(module: fx.GraphModule) -> None:
             _tell_input_format(node, module)
         elif is_plain(called, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
             _replace([node], fused.max_pool2d, node.args, [str(node.target)], module)
-        elif node.op == "call_method" and node.target == "view":
+        elif (
+            node.op == "call_method"
+            and node.target == "view"
+            and not node.kwargs  # view(dtype=...) is another operator
+            and not any(isinstance(arg, torch.dtype) for arg in node.args)
+        ):
             # Images are channels_last here, where a view may be impossible.
             node.target = "reshape"
     for node in list(module.graph.nodes):

@@ -174,10 +174,11 @@ class _Lowering:
         if value not in self.codes:
             observer = called_module(node, self.module)
             assert observer is not None
-            qparams = observer_qparams(observer)
             if isinstance(observer, FakeQuantize) and activation_without_kernel(observer.spec):
+                observer.calculate_qparams()  # raises what observer_qparams does
                 observer.freeze()
                 return
+            qparams = observer_qparams(observer)
             quantize = Quantize(qparams)
             quantize.source = str(observer.name)
             name = free_name(self.module, f"{value.name}_quantize")

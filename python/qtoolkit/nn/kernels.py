@@ -11,7 +11,7 @@ _MOST_BITS = 8
 def activation_without_kernel(spec: TensorSpec) -> str | None:
     """Why activations of a specification are not codes of an integer kernel, or None."""
     number_format = get_format(spec.format)
-    if number_format.kind == "integer" and number_format.bits <= _MOST_BITS:
+    if number_format.kind in ("integer", "ternary") and number_format.bits <= _MOST_BITS:
         return None
     return (
         f"activations of format {spec.format} have no integer kernel (integer formats of up to "
@@ -38,4 +38,7 @@ def weight_without_kernel(spec: TensorSpec) -> str | None:
         return f"weights of format {spec.format} with a zero point have no integer kernel " + (
             "(symmetric signed ones have)"
         )
+    if spec.quant_min < -127:
+        # A batch norm of negative factor turns the sign of codes.
+        return f"weights with the code {spec.quant_min} have no integer kernel (symmetric ones have)"
     return None

@@ -50,7 +50,7 @@ class Observer(QuantizationState):
     """Records statistics of the tensors that pass and chooses scale and zero point from them.
 
     A subclass implements `observe`, keeps its state in buffers (`min_val` and `max_val` here,
-    float32), and may override `value_range` and `reset`. It is registered with
+    float32), and may override `value_range`, `merge` and `reset`. It is registered with
     `@register_observer(name)`.
 
     Args:
@@ -124,11 +124,6 @@ class Observer(QuantizationState):
         """The least and greatest value that the quantized tensor should represent."""
         return self.min_val, self.max_val
 
-    @classmethod
-    def range_is_state(cls) -> bool:
-        """Whether `value_range` is min_val and max_val, element by element, as by default."""
-        return cls.value_range is Observer.value_range
-
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32): 0-dim per tensor, [channels] per channel.
 
@@ -169,6 +164,20 @@ class Observer(QuantizationState):
     def unfreeze(self) -> None:
         """Records again."""
         self.enabled = True
+
+    @classmethod
+    def merge(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of observers that saw the data of all ranks; see `qtoolkit.distributed`.
+
+        Args:
+            state: each buffer of several observers on all ranks, [ranks, observers, *shape]. A rank
+                on which an observer saw nothing has the state that `reset` leaves.
+
+        Returns:
+            Each buffer merged, [observers, *shape]: a function of `state` alone, so that all ranks
+            get the same bits.
+        """
+        return {"min_val": state["min_val"].amin(0), "max_val": state["max_val"].amax(0)}
 
     def reset(self) -> None:
         """Forgets all data."""

@@ -95,16 +95,37 @@ class HistogramObserver(Observer):
         super().reset()
         self.histogram.zero_()
 
+    @classmethod
+    def merge(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of the histograms, over the range of all data."""
+        merged = super().merge(state)
+        total = torch.zeros_like(state["histogram"][0])
+        bounds = zip(*(state[name].tolist() for name in ("min_val", "max_val")))
+        lower, upper = merged["min_val"].tolist(), merged["max_val"].tolist()
+        for rank, (lows, highs) in enumerate(bounds):
+            for index, (low, high) in enumerate(zip(lows, highs)):
+                if low <= high:
+                    counts = state["histogram"][rank, index]
+                    total[index] += _rebinned(counts, low, high, lower[index], upper[index])
+        return {**merged, "histogram": total}
+
     def _widen(self, lower: float, upper: float) -> None:
         """Moves the counts to bins over [lower, upper], which includes the present range."""
-        old_lower, old_upper = self.min_val.item(), self.max_val.item()
-        if (lower, upper) == (old_lower, old_upper):
-            return
-        counts = self.histogram
-        # Differences of rounded cut points, so that a bin's parts add up to the bin.
-        cuts = torch.arange(_PARTS + 1, device=counts.device)
-        parts = (counts.unsqueeze(1) * cuts // _PARTS).diff(dim=1).flatten()
-        centre = torch.arange(parts.numel(), device=counts.device, dtype=torch.float64) + 0.5
-        value = old_lower + centre * ((old_upper - old_lower) / parts.numel())
-        target = ((value - lower) * (self.bins / (upper - lower))).long().clamp_(0, self.bins - 1)
-        self.histogram.copy_(torch.zeros_like(counts).index_add_(0, target, parts))
+        old = self.min_val.item(), self.max_val.item()
+        self.histogram.copy_(_rebinned(self.histogram, *old, lower, upper))
+
+
+def _rebinned(
+    counts: Tensor, old_lower: float, old_upper: float, lower: float, upper: float
+) -> Tensor:
+    """The counts in as many bins over [lower, upper], which includes [old_lower, old_upper]."""
+    if (lower, upper) == (old_lower, old_upper):
+        return counts
+    bins = counts.numel()
+    # Differences of rounded cut points, so that a bin's parts add up to the bin.
+    cuts = torch.arange(_PARTS + 1, device=counts.device)
+    parts = (counts.unsqueeze(1) * cuts // _PARTS).diff(dim=1).flatten()
+    centre = torch.arange(parts.numel(), device=counts.device, dtype=torch.float64) + 0.5
+    value = old_lower + centre * ((old_upper - old_lower) / parts.numel())
+    target = ((value - lower) * (bins / (upper - lower))).long().clamp_(0, bins - 1)
+    return torch.zeros_like(counts).index_add_(0, target, parts)

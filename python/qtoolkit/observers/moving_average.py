@@ -53,3 +53,15 @@ class MovingAverageMinMaxObserver(Observer):
             average = running + self.averaging_constant * (batch - running)
             average = torch.where(first, batch, average)
             running.copy_(torch.where(skipped, running, average))
+
+    @classmethod
+    def merge(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of the averages of those ranks that saw data."""
+        unseen = state["min_val"] > state["max_val"]
+        count = (~unseen).sum(0)
+        return {
+            name: torch.where(
+                count == 0, values[0], values.double().masked_fill(unseen, 0).sum(0) / count
+            ).to(values.dtype)
+            for name, values in state.items()
+        }

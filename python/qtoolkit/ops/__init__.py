@@ -37,6 +37,7 @@ from qtoolkit.ops.integer import (
     quantize_per_tensor,
     requantize,
 )
+from qtoolkit.ops.learned import fake_quantize_lsq, fake_quantize_pact
 from qtoolkit.ops.statistics import (
     histogram,
     min_max,
@@ -55,6 +56,8 @@ __all__ = [
     "conv2d_train",
     "dequantize_per_channel",
     "dequantize_per_tensor",
+    "fake_quantize_lsq",
+    "fake_quantize_pact",
     "fake_quantize_per_channel",
     "fake_quantize_per_group",
     "fake_quantize_per_tensor",

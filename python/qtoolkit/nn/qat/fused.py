@@ -70,8 +70,7 @@ def _has_operator(
     relu: nn.Module | None,
 ) -> bool:
     return (
-        hasattr(ops, "batch_norm_act")
-        and _is(batch_norm, BatchNorm1d, BatchNorm2d)
+        _is(batch_norm, BatchNorm1d, BatchNorm2d)
         and (add is None or _is(add, functional.Add))
         and (relu is None or _is(relu, nn.ReLU, nn.ReLU6, nn.Hardtanh))
         and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
@@ -97,7 +96,7 @@ def _run(
         if momentum is None:  # the mean over all batches
             momentum = 1.0 / float(batch_norm.num_batches_tracked)
     keeps_statistics = not batch_norm.training or batch_norm.track_running_stats
-    options: tuple[Any, ...] = (
+    options = (
         x,
         batch_norm.weight,
         batch_norm.bias,
@@ -111,16 +110,16 @@ def _run(
         float(relu.max_val) if isinstance(relu, nn.Hardtanh) else None,
     )
     if not isinstance(fake_quant, ObservedFakeQuantize) or not _is_moving_average(fake_quant):
-        return ops.batch_norm_act(*options), False
+        return ops.batch_norm_act(*options)[0], False
     observer, spec = fake_quant.observer, fake_quant.spec
     assert isinstance(observer, MovingAverageMinMaxObserver)
     observes = fake_quant.observing and fake_quant.training and observer.enabled
     if not observes:
         fake_quant.check_ready()
-    y = ops.batch_norm_act(
+    y, *_ = ops.batch_norm_act(
         *options,
-        observer.min_val,
-        observer.max_val,
+        observer.min_val if observes else None,
+        observer.max_val if observes else None,
         fake_quant.scale,
         fake_quant.zero_point,
         observer.averaging_constant if observes else 0.0,

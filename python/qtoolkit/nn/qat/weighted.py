@@ -87,9 +87,8 @@ class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
         if not self._can_keep_codes(input):
             return self._conv_forward(input, weight, self.bias)
         x_scale, x_zero_point, x_range = _code_format(input_fake_quant)
-        weight_scale, _, weight_range = _code_format(self.weight_fake_quant)
-        if self._folded or weight_range[0] != -weight_range[1]:
-            weight_scale, weight_range = None, (-127, 127)
+        weight_fake_quant = None if self._folded else self.weight_fake_quant
+        weight_scale, _, weight_range = _code_format(weight_fake_quant)
         return ops.conv2d_train(
             input,
             weight,
@@ -102,7 +101,7 @@ class Conv2d(_FakeQuantizedWeight, nn.Conv2d):
             x_zero_point,
             *x_range,
             weight_scale,
-            weight_range[1],
+            min(max(-weight_range[0], weight_range[1]), 127),
         )
 
     def _can_keep_codes(self, input: Tensor) -> bool:
@@ -131,10 +130,8 @@ def _code_format(
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
     """Scale, zero point and range of the codes of what a module fake-quantized; None if there are
     none."""
-    codes = None if fake_quant is None else fake_quant.code_parameters()
-    if fake_quant is None or codes is None:
-        return None, None, (0, 255)
-    return *codes, (fake_quant.spec.quant_min, fake_quant.spec.quant_max)
+    code_format = None if fake_quant is None else fake_quant.code_format()
+    return (None, None, (0, 255)) if code_format is None else code_format
 
 
 def make_conv2d(
@@ -180,7 +177,10 @@ def _adopt(
 def batch_norm_factor(batch_norm: Any) -> Tensor:
     """``gamma / sqrt(running_var + eps)``, float32 ``[channels]``."""
     factor = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
-    return factor if batch_norm.weight is None else factor * batch_norm.weight
+    weight = batch_norm.weight
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP2 apart from the layer that asks
+        weight = weight.full_tensor()
+    return factor if weight is None else factor * weight
 
 
 def folded_bias(bias: Tensor | None, batch_norm: Any) -> Tensor:
