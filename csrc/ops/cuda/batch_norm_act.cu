@@ -1,14 +1,13 @@
 // Training batch norm with a residual, an activation, the moving average of the range and
-// fake-quantize, on CUDA; see kernels/batch_norm.h. Two passes over x, three where the range needs a
-// pass of its own. Statistics are sums in double, in an order of their own that depends on shapes
+// fake-quantize, on CUDA; see kernels/batch_norm.h. Two passes over x, three where the range needs
+// a pass of its own. Statistics are sums in double, in an order of their own that depends on shapes
 // alone; given the statistics, every number has the CPU operators' bits.
-#include "ops/batch_norm_act.h"
-
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <limits>
 
+#include "ops/batch_norm_act.h"
 #include "ops/cuda/fake_quantize.cuh"
 #include "ops/cuda/range.cuh"
 
@@ -51,10 +50,10 @@ struct StatisticsOp {
 
 // What is known of each channel; pointers may be null where marked.
 struct Channels {
-  const float* weight;   // or null: 1
-  const float* bias;     // or null: 0
-  float* running_mean;   // or null
-  float* running_var;    // or null
+  const float* weight;  // or null: 1
+  const float* bias;    // or null: 0
+  float* running_mean;  // or null
+  float* running_var;   // or null
   double momentum, eps;
   double count;
   float* mean;
@@ -224,9 +223,8 @@ Outputs batch_norm_act_cuda(const Tensor& x, const OptionalTensor& weight,
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
   // Where x and the residual are of two types, float32.
-  const at::ScalarType type = residual && residual->scalar_type() != x.scalar_type()
-                                  ? at::kFloat
-                                  : x.scalar_type();
+  const at::ScalarType type =
+      residual && residual->scalar_type() != x.scalar_type() ? at::kFloat : x.scalar_type();
   const at::MemoryFormat format = x.suggest_memory_format();
   const Tensor input = x.to(type).contiguous(format);
   const Tensor added = residual ? residual->to(type).contiguous(format) : Tensor();
@@ -260,8 +258,8 @@ Outputs batch_norm_act_cuda(const Tensor& x, const OptionalTensor& weight,
   const bool range_of_statistics = training && !residual;
 
   if (!training) {
-    const auto blocks = static_cast<unsigned>(
-        std::min(divide_up(view.channels, kThreads), int64_t{65536}));
+    const auto blocks =
+        static_cast<unsigned>(std::min(divide_up(view.channels, kThreads), int64_t{65536}));
     use_running_statistics<<<blocks, kThreads, 0, stream>>>(channels, view.channels);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -110,8 +110,7 @@ BatchNormGradients batch_norm_act_backward_cuda(const Tensor& grad, const Tensor
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
   // Where x and the gradient are of two types, float32.
-  const at::ScalarType type =
-      grad.scalar_type() == x.scalar_type() ? x.scalar_type() : at::kFloat;
+  const at::ScalarType type = grad.scalar_type() == x.scalar_type() ? x.scalar_type() : at::kFloat;
   const at::MemoryFormat format = x.suggest_memory_format();
   const Tensor input = x.to(type).contiguous(format), gradient = grad.to(type).contiguous(format);
   const Tensor to_x = want_x ? of_type(grad_x, type, format) : Tensor();
@@ -120,14 +119,13 @@ BatchNormGradients batch_norm_act_backward_cuda(const Tensor& grad, const Tensor
   const Tensor weights = weight ? weight->contiguous() : Tensor();
   const Tensor means = mean.contiguous(), invstds = invstd.contiguous(), bits = mask.contiguous();
   const Tensor coefficients = at::empty({view.channels, 4}, x.options().dtype(at::kFloat));
-  const Channels channels{
-      .weight = weight ? const_data<float>(weights) : nullptr,
-      .mean = const_data<float>(means),
-      .invstd = const_data<float>(invstds),
-      .count = static_cast<double>(view.outer * view.inner),
-      .grad_weight = want_weight ? mutable_data<float>(grad_weight) : nullptr,
-      .grad_bias = want_bias ? mutable_data<float>(grad_bias) : nullptr,
-      .coefficients = mutable_data<Coefficients>(coefficients)};
+  const Channels channels{.weight = weight ? const_data<float>(weights) : nullptr,
+                          .mean = const_data<float>(means),
+                          .invstd = const_data<float>(invstds),
+                          .count = static_cast<double>(view.outer * view.inner),
+                          .grad_weight = want_weight ? mutable_data<float>(grad_weight) : nullptr,
+                          .grad_bias = want_bias ? mutable_data<float>(grad_bias) : nullptr,
+                          .coefficients = mutable_data<Coefficients>(coefficients)};
   const uint8_t* mask_data = mask.numel() == 0 ? nullptr : const_data<uint8_t>(bits);
 
   with_element_type(input, [&](auto element) {
@@ -140,8 +138,8 @@ BatchNormGradients batch_norm_act_backward_cuda(const Tensor& grad, const Tensor
                            .mask = mask_data},
              channels, x);
     } else {
-      const auto blocks = static_cast<unsigned>(
-          std::min(divide_up(view.channels, kThreads), int64_t{65536}));
+      const auto blocks =
+          static_cast<unsigned>(std::min(divide_up(view.channels, kThreads), int64_t{65536}));
       write_factors<<<blocks, kThreads, 0, stream>>>(channels, view.channels);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }

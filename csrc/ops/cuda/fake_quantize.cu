@@ -1,11 +1,11 @@
 // Fake-quantize with the straight-through gradient on CUDA: the CPU operators' bits. The values of
 // scale and zero_point are not checked, as that would wait for the GPU.
-#include "ops/cuda/fake_quantize.cuh"
-
 #include <torch/library.h>
 
 #include <optional>
 #include <tuple>
+
+#include "ops/cuda/fake_quantize.cuh"
 
 namespace qtoolkit::ops {
 namespace {
@@ -39,8 +39,8 @@ void run(const Tensor& x, const Tensor& scale, const Tensor& zero_point, Optiona
 
 Tensor fake_quantize_per_tensor_cuda(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                      int64_t quant_min, int64_t quant_max) {
-  static const auto op = find_operator<decltype(fake_quantize_per_tensor_cuda)>(
-      "qtoolkit::fake_quantize_per_tensor");
+  static const auto op =
+      find_operator<decltype(fake_quantize_per_tensor_cuda)>("qtoolkit::fake_quantize_per_tensor");
   const Tensor y = op.redispatch(kMeta, x, scale, zero_point, quant_min, quant_max);
   run(x, scale, zero_point, {}, {}, quant_min, quant_max, false, y, {});
   return y;
@@ -58,8 +58,8 @@ Tensor fake_quantize_per_channel_cuda(const Tensor& x, const Tensor& scale,
 
 Tensor fake_quantize_per_group_cuda(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                     int64_t group_size, int64_t quant_min, int64_t quant_max) {
-  static const auto op = find_operator<decltype(fake_quantize_per_group_cuda)>(
-      "qtoolkit::fake_quantize_per_group");
+  static const auto op =
+      find_operator<decltype(fake_quantize_per_group_cuda)>("qtoolkit::fake_quantize_per_group");
   const Tensor y = op.redispatch(kMeta, x, scale, zero_point, group_size, quant_min, quant_max);
   run(x, scale, zero_point, {}, group_size, quant_min, quant_max, false, y, {});
   return y;
@@ -79,8 +79,8 @@ TensorPair fake_quantize_mask_cuda(const Tensor& x, const Tensor& scale, const T
                                    int64_t quant_max, bool relu) {
   static const auto op =
       find_operator<decltype(fake_quantize_mask_cuda)>("qtoolkit::fake_quantize_mask");
-  const TensorPair result = op.redispatch(kMeta, x, scale, zero_point, ch_axis, group_size,
-                                          quant_min, quant_max, relu);
+  const TensorPair result =
+      op.redispatch(kMeta, x, scale, zero_point, ch_axis, group_size, quant_min, quant_max, relu);
   run(x, scale, zero_point, ch_axis, group_size, quant_min, quant_max, relu, std::get<0>(result),
       std::get<1>(result));
   return result;

@@ -15,8 +15,8 @@ struct Channel {
 // the zero point is the code nearest to the learned one.
 struct Qparams {
   const float* scale = nullptr;
-  const int32_t* zero_point = nullptr;          // or none: 0
-  const float* learned_zero_point = nullptr;    // or none
+  const int32_t* zero_point = nullptr;        // or none: 0
+  const float* learned_zero_point = nullptr;  // or none
   bool learned = false;
   float divisor = 1.0f;
   int32_t quant_min = 0, quant_max = 255;

@@ -1,6 +1,6 @@
-// Fake-quantize with learned parameters (LSQ, LSQ+, PACT) on CUDA. Results for elements have the CPU
-// operators' bits; the gradients of the parameters are sums in double, in an order of their own that
-// depends on shapes alone. Values on the device are not checked.
+// Fake-quantize with learned parameters (LSQ, LSQ+, PACT) on CUDA. Results for elements have the
+// CPU operators' bits; the gradients of the parameters are sums in double, in an order of their own
+// that depends on shapes alone. Values on the device are not checked.
 #include <torch/library.h>
 
 #include <optional>
@@ -80,8 +80,7 @@ struct LsqBackwardOp {
     const Rounded rounded = round_to_code(x, param.inverse, param.low, param.high);
     const bool known = !isnan(rounded.value);
     grad_x = rounded.in_range ? grad : 0.0f;
-    const float slope =
-        rounded.in_range ? __fsub_rn(rounded.code, rounded.value) : rounded.code;
+    const float slope = rounded.in_range ? __fsub_rn(rounded.code, rounded.value) : rounded.code;
     if (known) sums.scale = __dadd_rn(sums.scale, __fmul_rn(grad, slope));
     if (known && !rounded.in_range) sums.outside = __dadd_rn(sums.outside, grad);
   }
@@ -147,8 +146,8 @@ TensorTriple fake_quantize_lsq_backward_cuda(const Tensor& grad, const Tensor& x
                                              int64_t quant_max, double grad_scale) {
   static const auto op = find_operator<decltype(fake_quantize_lsq_backward_cuda)>(
       "qtoolkit::fake_quantize_lsq_backward");
-  const TensorTriple result = op.redispatch(kMeta, grad, x, scale, zero_point, ch_axis, quant_min,
-                                            quant_max, grad_scale);
+  const TensorTriple result =
+      op.redispatch(kMeta, grad, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
   const auto& [grad_x, grad_of_scale, grad_of_zero_point] = result;
   lsq_backward(grad, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale, grad_x,
                grad_of_scale, grad_of_zero_point);
@@ -162,8 +161,8 @@ TensorPair fake_quantize_lsq_backward_inplace_cuda(const Tensor& grad, const Ten
                                                    int64_t quant_max, double grad_scale) {
   static const auto op = find_operator<decltype(fake_quantize_lsq_backward_inplace_cuda)>(
       "qtoolkit::fake_quantize_lsq_backward_");
-  const TensorPair result = op.redispatch(kMeta, grad, x, scale, zero_point, ch_axis, quant_min,
-                                          quant_max, grad_scale);
+  const TensorPair result =
+      op.redispatch(kMeta, grad, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale);
   lsq_backward(grad, x, scale, zero_point, ch_axis, quant_min, quant_max, grad_scale, grad,
                std::get<0>(result), std::get<1>(result));
   return result;
@@ -194,9 +193,7 @@ struct PactBackwardOp {
   const float* learned;
 
   __device__ void start() {}
-  __device__ Param param(int64_t /*c*/) const {
-    return {fmaxf(fabsf(*learned), 0x1p-100f)};
-  }
+  __device__ Param param(int64_t /*c*/) const { return {fmaxf(fabsf(*learned), 0x1p-100f)}; }
   __device__ void take(float x, float grad, bool /*bit*/, const Param& param, Sums& sums,
                        float& grad_x) const {
     grad_x = x >= 0.0f && x < param.alpha ? grad : 0.0f;

@@ -1,5 +1,5 @@
-// Element-wise operators: y[i] = op(x[i], other[i]), with parameters of the channel of element i, and
-// a mask that is read or written.
+// Element-wise operators: y[i] = op(x[i], other[i]), with parameters of the channel of element i,
+// and a mask that is read or written.
 //
 // An Op has
 //   Param                             the parameters of one channel
@@ -86,8 +86,8 @@ struct Across {
   }
 };
 
-// Rows of `inner` elements, each cut into runs of `group` elements, the last of a row maybe shorter;
-// run r has parameters r % channels.
+// Rows of `inner` elements, each cut into runs of `group` elements, the last of a row maybe
+// shorter; run r has parameters r % channels.
 struct Runs {
   Divider inner, group, channels;
   int64_t runs_in_row;
@@ -271,8 +271,7 @@ void map(const Op& op, ParamView view, MapArgs<T> args) {
     return;
   }
   const int64_t most = tiles * kTile;
-  const bool whole_words =
-      view.group % Word<T>::kSize == 0 && view.inner % Word<T>::kSize == 0;
+  const bool whole_words = view.group % Word<T>::kSize == 0 && view.inner % Word<T>::kSize == 0;
   const Runs runs{Divider(view.inner, most), Divider(view.group, most),
                   Divider(view.channels, most), divide_up(view.inner, view.group), whole_words};
   constexpr int kTiles = (Op::kTwo ? 2 : 4) / Share<T>::kWords;

@@ -1,11 +1,10 @@
 // Max pooling of floats for training on CUDA: the CPU operators' bits; see kernels/pooling_train.h.
-#include "ops/pooling_train.h"
-
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "ops/cuda/common.cuh"
+#include "ops/pooling_train.h"
 
 namespace qtoolkit::ops {
 namespace {
@@ -103,8 +102,7 @@ __global__ void __launch_bounds__(kThreads)
        place < places.count(); place += step) {
     const Place at = places[place];
     const int64_t row = at.row + args.row_padding, column = at.column + args.column_padding;
-    const int64_t first_i =
-        first_window(row, args.row_kernel, args.row_dilation, args.row_stride);
+    const int64_t first_i = first_window(row, args.row_kernel, args.row_dilation, args.row_stride);
     const int64_t first_j =
         first_window(column, args.column_kernel, args.column_dilation, args.column_stride);
     Pack<float, kSize> sum = {};
@@ -114,7 +112,8 @@ __global__ void __launch_bounds__(kThreads)
       if (r * args.row_dilation != in_rows) continue;
       for (int64_t j = first_j; j < args.out_width && j * args.column_stride <= column; ++j) {
         const int64_t in_columns = column - j * args.column_stride;
-        const int64_t c = args.column_dilation == 1 ? in_columns : in_columns / args.column_dilation;
+        const int64_t c =
+            args.column_dilation == 1 ? in_columns : in_columns / args.column_dilation;
         if (c * args.column_dilation != in_columns) continue;
         const auto tap = static_cast<uint8_t>(r * args.column_kernel + c);
         const int64_t from =

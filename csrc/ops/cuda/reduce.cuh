@@ -117,10 +117,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int w = 0; w < kInFlight; ++w) {
       if (count[w] > 0) {
-        loaded[w].each(args, at[w], count[w],
-                       [&](int, float x, float other, bool bit, float& out) {
-                         op.take(x, other, bit, param, sums, out);
-                       });
+        loaded[w].each(args, at[w], count[w], [&](int, float x, float other, bool bit, float& out) {
+          op.take(x, other, bit, param, sums, out);
+        });
       }
     }
   }
@@ -143,8 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t columns = args.channels * args.inner;
   const int height = kThreads / width;  // rows at a time
   const int row_in_block = threadIdx.x / width;
-  const int64_t column =
-      (blockIdx.x * static_cast<int64_t>(width) + threadIdx.x % width) * kSize;
+  const int64_t column = (blockIdx.x * static_cast<int64_t>(width) + threadIdx.x % width) * kSize;
   const int64_t left = row_in_block < height ? columns - column : 0;
   const int count = left < kSize ? (left < 0 ? 0 : static_cast<int>(left)) : kSize;
   op.start();
@@ -214,10 +212,10 @@ void reduce(const Op& op, const ChannelView& view, ReduceArgs<T> args, const Fin
             const at::Tensor& x) {
   using Sums = typename Op::Sums;
   constexpr int kSize = Word<T>::kSize;
-  constexpr int64_t kShortRun = 32;       // in elements
-  constexpr int64_t kWantedBlocks = 2048; // fill every GPU evenly, and leave few parts
-  constexpr int64_t kLeastPerThread = 4;  // words that make a part worth its launch
-  constexpr int64_t kMostParts = 65535;   // of a grid's second dimension
+  constexpr int64_t kShortRun = 32;        // in elements
+  constexpr int64_t kWantedBlocks = 2048;  // fill every GPU evenly, and leave few parts
+  constexpr int64_t kLeastPerThread = 4;   // words that make a part worth its launch
+  constexpr int64_t kMostParts = 65535;    // of a grid's second dimension
   constexpr int64_t kMostWidth = 64;
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto channels = static_cast<unsigned>(view.channels);
