@@ -40,7 +40,8 @@ def prepare_qat(
 
     Args:
         weight: "int8", "int4", "int2", "ternary" or "binary".
-        activation_bits: of every activation but the image and what the last layer reads.
+        activation_bits: of every activation but the image, the first layer's output and what the
+            last layer reads.
         eight_bits: names of the layers whose weights have 8 bits.
     """
     with warnings.catch_warnings():
@@ -112,6 +113,7 @@ def _weight_quantizer(weight: str) -> type:
 
 def _quantize_weights(traced: fx.GraphModule, weight: str, eight_bits: Collection[str]) -> None:
     from brevitas import nn as qnn
+    from brevitas.quant import Uint8ActPerTensorFloat
 
     for name, module in list(traced.named_modules()):
         if not isinstance(module, nn.Conv2d | nn.Linear):
@@ -135,6 +137,7 @@ def _quantize_weights(traced: fx.GraphModule, weight: str, eight_bits: Collectio
                 module.out_features,
                 bias=module.bias is not None,
                 weight_quant=quantizer,
+                input_quant=Uint8ActPerTensorFloat,  # it reads averages of what a ReLU gives
             )
         with torch.no_grad():
             for key, parameter in module.named_parameters():
@@ -171,7 +174,7 @@ def _quantize_activations(traced: fx.GraphModule, bits: int) -> None:
         if node.op == "placeholder":
             plan.append((node, Signed, 8))
         elif node in rectified:
-            plan.append((node, Unsigned, 8 if node is rectified[-1] else bits))
+            plan.append((node, Unsigned, 8 if node is rectified[0] else bits))
         elif _is_linear_value(node, modules):
             plan.append((node, Signed, bits))
     for node, quantizer, width in plan:

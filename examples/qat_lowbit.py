@@ -221,8 +221,7 @@ def quantize(
     fine_tune: Callable[[nn.Module, Callable[[], None]], None],
 ) -> None:
     """Fills in qtoolkit's part of the row."""
-    mapping = qt.get_default_qat_qconfig_mapping("x86")
-    prepared = qt.prepare_qat(model, mapping, example_inputs=(example,))
+    prepared = qt.prepare_qat(model, mapping_for(setting, network), example_inputs=(example,))
 
     def freeze() -> None:
         qt.freeze_observers(prepared)
@@ -230,9 +229,34 @@ def quantize(
 
     fine_tune(prepared, freeze)
     converted = qt.convert(prepared.eval())
-    row.method = "observed"
+    row.method = METHODS[setting.weight]
     row.qtoolkit = top1(converted, data)
     row.agreement, row.sqnr = parity(prepared, converted, data)
+
+
+METHODS = {"int8": "observed", "int4": "lsq", "int2": "lsq", "ternary": "twn", "binary": "xnor"}
+
+
+def mapping_for(setting: Setting, network: Network) -> qt.QConfigMapping:
+    """Low bits everywhere but in the first and the last layer and in what these read."""
+    eight = qt.get_default_qat_qconfig_mapping("x86").global_qconfig
+    assert eight is not None
+    activation, weight = eight.activation, eight.weight
+    if setting.activation != "uint8":
+        activation = qt.TensorSpec(setting.activation, observer="histogram", method="lsq+")
+    if setting.weight != "int8":
+        weight = qt.TensorSpec(
+            setting.weight,
+            "per_channel",
+            symmetric=setting.weight != "int2",
+            observer="per_channel_minmax",
+            method=METHODS[setting.weight],
+        )
+    mapping = qt.QConfigMapping().set_global(qt.QConfig(activation, weight))
+    mapping = mapping.set_module_type(nn.AdaptiveAvgPool2d, eight)
+    for name in network.eight_bits:
+        mapping = mapping.set_module_name(name, eight)
+    return mapping
 
 
 @torch.no_grad()

@@ -105,9 +105,7 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
     const bool training = given(ctx, "training");
     // Edges are counted over the tensors that were given.
     size_t edge = 0;
-    const auto wanted = [&](bool is_given) {
-      return is_given && ctx->needs_input_grad(edge++);
-    };
+    const auto wanted = [&](bool is_given) { return is_given && ctx->needs_input_grad(edge++); };
     std::array<bool, 4> output_mask = {};
     output_mask[0] = wanted(true);
     output_mask[1] = wanted(given(ctx, "weight"));
@@ -119,10 +117,10 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
     output_mask[3] = residual && !unmasked;
     if (residual && unmasked) result[5] = grad;
     const auto [grad_x, grad_weight, grad_bias, grad_residual] =
-        only_here(grad, x) ? ops::batch_norm_act_backward(grad, x, weight, mean, invstd, mask,
-                                                          training, output_mask, true)
-                           : call_backward(grad, x, weight, mean, invstd, mask, training,
-                                           output_mask);
+        only_here(grad, x)
+            ? ops::batch_norm_act_backward(grad, x, weight, mean, invstd, mask, training,
+                                           output_mask, true)
+            : call_backward(grad, x, weight, mean, invstd, mask, training, output_mask);
     if (output_mask[0]) result[0] = grad_x;
     if (output_mask[1]) result[1] = grad_weight;
     if (output_mask[2]) result[2] = grad_bias;
@@ -172,8 +170,8 @@ BatchNormGradients batch_norm_act_backward(const Tensor& grad, const Tensor& x,
                                            const OptionalTensor& weight, const Tensor& mean,
                                            const Tensor& invstd, const Tensor& mask, bool training,
                                            std::array<bool, 4> output_mask) {
-  const variable_list r = BatchNormActBackward::apply(grad, x, weight, mean, invstd, mask, training,
-                                                      output_mask);
+  const variable_list r =
+      BatchNormActBackward::apply(grad, x, weight, mean, invstd, mask, training, output_mask);
   return {r[0], r[1], r[2], r[3]};
 }
 

@@ -1,6 +1,6 @@
 // From the least and greatest value of a tensor to its scale and zero point: the rule of
-// python/qtoolkit/observers/base.py and moving_average.py, bit for bit, in float32 with one rounding
-// per operation.
+// python/qtoolkit/observers/base.py and moving_average.py, bit for bit, in float32 with one
+// rounding per operation.
 #pragma once
 
 #include <algorithm>

@@ -41,7 +41,7 @@ struct BatchNormArgs {
   const float* factor = nullptr;
   const float* addend = nullptr;
   const float* x = nullptr;
-  const float* residual = nullptr;  // may be absent
+  const float* residual = nullptr;   // may be absent
   float lower = 0.0f, upper = 0.0f;  // of the activation; -Inf and +Inf without one
   // batch_norm_act only
   bool quantized = false;

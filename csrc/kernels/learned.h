@@ -10,9 +10,10 @@ namespace qtoolkit::kernels {
 
 // Memory seen as [rows, channels]: element i has channel i % channels. begin and end count rows.
 //
-// Channel c's terms are added to its sums in the order of rows. With one channel a call adds 16
-// partial sums s, term i of the call being in s[i % 16]; they become one by halves: s[k] += s[k +
-// 8], then 4, 2 and 1.
+// Channel c's terms are added to its sums in the order of rows. With one channel, terms are first
+// added in float by fours: of each 64 in the order of the call, t[k] + t[k + 16] and t[k + 32] +
+// t[k + 48], then those two, for k < 16 (terms that are missing are 0). These are added in order to
+// s[k], 16 sums, which become one by halves: s[k] += s[k + 8], then 4, 2 and 1.
 struct SumArgs {
   int64_t channels = 1;
   const float* x = nullptr;

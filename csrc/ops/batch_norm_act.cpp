@@ -15,8 +15,8 @@ namespace qtoolkit::ops {
 
 void check_batch_norm_input(const char* op, const Tensor& x) {
   check_float(op, "x", x);
-  TORCH_CHECK_VALUE(x.dim() >= 2, "qtoolkit::", op,
-                    ": x must be [N, C] or [N, C, ...], got ", describe(x));
+  TORCH_CHECK_VALUE(x.dim() >= 2, "qtoolkit::", op, ": x must be [N, C] or [N, C, ...], got ",
+                    describe(x));
 }
 
 void check_batch_norm_channels(const char* op, const char* argument, const OptionalTensor& tensor,
@@ -113,8 +113,9 @@ void check_args(const Tensor& x, const OptionalTensor& weight, const OptionalTen
                       ": residual must have the shape of x, got ", describe(*residual), " and ",
                       describe(x));
   }
-  TORCH_CHECK_VALUE(!activation.upper || (activation.relu && *activation.upper > 0), "qtoolkit::",
-                    kOp, ": upper must be positive and goes with relu=True, got upper ",
+  TORCH_CHECK_VALUE(!activation.upper || (activation.relu && *activation.upper > 0),
+                    "qtoolkit::", kOp,
+                    ": upper must be positive and goes with relu=True, got upper ",
                     activation.upper.value_or(0), " and relu ", activation.relu);
   const Quantization& q = quantization;
   TORCH_CHECK_VALUE(q.averaging_constant >= 0.0f && q.averaging_constant <= 1.0f, "qtoolkit::", kOp,
@@ -201,7 +202,7 @@ void update_running(const Tensor& running, const std::vector<double>& batch, dou
 ValueRange range_of(const kernels::BatchNormArgs& args, int64_t elements) {
   ValueRange range;
   std::mutex mutex;
-  for_element_blocks(elements, [&](int64_t begin, int64_t end) {
+  for_element_blocks(elements, Order::forwards, [&](int64_t begin, int64_t end) {
     ValueRange own;
     kernels::BatchNormArgs block = args;
     block.minimum = &own.min;
@@ -223,8 +224,7 @@ ValueRange state_of(const Quantization& q) {
 void observe(const Quantization& q, ValueRange batch) {
   if (!batch.finite()) return;
   const ValueRange range = moving_average(state_of(q), batch, q.averaging_constant);
-  const auto [scale, zero_point] =
-      range_to_qparams(range, q.symmetric, q.codes.min, q.codes.max);
+  const auto [scale, zero_point] = range_to_qparams(range, q.symmetric, q.codes.min, q.codes.max);
   *q.min_val->mutable_data_ptr<float>() = range.min;
   *q.max_val->mutable_data_ptr<float>() = range.max;
   *q.scale->mutable_data_ptr<float>() = scale;
@@ -259,11 +259,9 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
   auto& [y, mean_out, invstd_out, mask] = outputs;
   const at::MemoryFormat format = x.suggest_memory_format();
   const Tensor dense = x.to(at::kFloat).contiguous(format);
-  const Tensor dense_residual =
-      residual ? residual->to(at::kFloat).contiguous(format) : Tensor();
-  const Tensor result = y.scalar_type() == at::kFloat
-                            ? y
-                            : empty_beside(x, x.sym_sizes(), at::kFloat, format);
+  const Tensor dense_residual = residual ? residual->to(at::kFloat).contiguous(format) : Tensor();
+  const Tensor result =
+      y.scalar_type() == at::kFloat ? y : empty_beside(x, x.sym_sizes(), at::kFloat, format);
 
   ChannelStatistics statistics;
   if (training) {
@@ -294,19 +292,19 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const ChannelNumbers numbers(view);
   const std::vector<float> factors = numbers.spread(factor), addends = numbers.spread(addend);
-  kernels::BatchNormArgs args{.outer = view.outer,
-                              .channels = view.channels,
-                              .inner = view.inner,
-                              .period = numbers.period(),
-                              .factor = factors.data(),
-                              .addend = addends.data(),
-                              .x = dense.const_data_ptr<float>(),
-                              .residual = residual ? dense_residual.const_data_ptr<float>()
-                                                   : nullptr,
-                              .lower = activation.relu ? 0.0f : -kInf,
-                              .upper = static_cast<float>(activation.upper.value_or(kInf)),
-                              .y = result.mutable_data_ptr<float>(),
-                              .mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr};
+  kernels::BatchNormArgs args{
+      .outer = view.outer,
+      .channels = view.channels,
+      .inner = view.inner,
+      .period = numbers.period(),
+      .factor = factors.data(),
+      .addend = addends.data(),
+      .x = dense.const_data_ptr<float>(),
+      .residual = residual ? dense_residual.const_data_ptr<float>() : nullptr,
+      .lower = activation.relu ? 0.0f : -kInf,
+      .upper = static_cast<float>(activation.upper.value_or(kInf)),
+      .y = result.mutable_data_ptr<float>(),
+      .mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr};
   if (observed && elements > 0) {
     if (training && !residual) {
       // The map is monotone, so it takes a channel's extremes to the result's.
@@ -334,7 +332,7 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
     args.quant_min = quantization.codes.min;
     args.quant_max = quantization.codes.max;
   }
-  for_element_blocks(elements, [&](int64_t begin, int64_t end) {
+  for_element_blocks(elements, Order::forwards, [&](int64_t begin, int64_t end) {
     kernels::batch_norm_act(args, begin, end);
   });
   if (!result.is_same(y)) y.copy_(result);

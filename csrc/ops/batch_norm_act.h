@@ -14,8 +14,8 @@ namespace qtoolkit::ops {
 
 using BatchNormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The operator batch_norm_act_backward on the CPU. With overwrite_grad the memory of grad may become
-// a result's: nobody else may see it.
+// The operator batch_norm_act_backward on the CPU. With overwrite_grad the memory of grad may
+// become a result's: nobody else may see it.
 BatchNormGradients batch_norm_act_backward(const Tensor& grad, const Tensor& x,
                                            const OptionalTensor& weight, const Tensor& mean,
                                            const Tensor& invstd, const Tensor& mask, bool training,
@@ -65,15 +65,19 @@ struct SumPiece {
 };
 std::vector<SumPiece> sum_pieces(const ChannelView& view);
 
-// Calls run(begin, end) for blocks of [0, elements), on all threads, the last ones first: what a
-// thread has read last in the pass before is still in its cache.
+// Passes over one tensor alternate, since what a thread has read last is still in its cache. The
+// sums of the pieces go forwards.
+enum class Order : uint8_t { forwards, backwards };
+
+// Calls run(begin, end) for blocks of [0, elements) on all threads.
 template <class Run>
-void for_element_blocks(int64_t elements, const Run& run) {
+void for_element_blocks(int64_t elements, Order order, const Run& run) {
   constexpr int64_t kBlock = int64_t{1} << 14;
   static_assert(kBlock % kernels::kBatchNormStep == 0);
   const int64_t blocks = (elements + kBlock - 1) / kBlock;
   at::parallel_for(0, blocks, grain_of(kElementGrain, kBlock), [&](int64_t begin, int64_t end) {
-    for (int64_t block = end - 1; block >= begin; --block) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = order == Order::forwards ? i : begin + end - 1 - i;
       run(block * kBlock, std::min((block + 1) * kBlock, elements));
     }
   });

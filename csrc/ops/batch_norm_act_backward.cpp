@@ -159,7 +159,7 @@ BatchNormGradients batch_norm_act_backward(const Tensor& grad, const Tensor& x,
       .x = training ? dense_x.const_data_ptr<float>() : nullptr,
       .mask = bits,
       .grad_x = floats.mutable_data_ptr<float>()};
-  for_element_blocks(x.numel(), [&](int64_t begin, int64_t end) {
+  for_element_blocks(x.numel(), Order::forwards, [&](int64_t begin, int64_t end) {
     kernels::batch_norm_gradient(args, begin, end);
   });
   grad_x = floats.to(x.scalar_type());

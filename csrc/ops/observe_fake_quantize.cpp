@@ -63,6 +63,9 @@ Tensor run(const Tensor& x, const State& state, const Options& options, const Te
     }
     return y;
   }
+  TORCH_CHECK_VALUE(range.finite(), "qtoolkit::", kOp,
+                    ": min_val and max_val must be finite, or +Inf and -Inf before any data, got ",
+                    range.min, " and ", range.max);
   const auto [scale, zero_point] = range_to_qparams(range, options.symmetric, codes.min, codes.max);
   min_val = range.min;
   max_val = range.max;

@@ -16,6 +16,7 @@ from qtoolkit.distributed import synchronize
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
+from qtoolkit.presets import low_bit_qconfig_mapping
 from qtoolkit.qconfig import (
     QConfig,
     QConfigMapping,
@@ -54,6 +55,7 @@ __all__ = [
     "freeze_observers",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
+    "low_bit_qconfig_mapping",
     "model_size",
     "nn",
     "observers",

@@ -161,6 +161,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharding: tuple[type, ...] = () if fsdp is None else (fsdp.FSDPModule,)
+    if not any(
+        isinstance(module, sharding) or any(hasattr(p, "full_tensor") for p in module.parameters())
+        for module in model.modules()
+    ):
+        yield
+        return
     changed: list[tuple[nn.Module, type, dict[str, Any]]] = []
     try:
         for module in list(model.modules()):
@@ -168,20 +174,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
                 module.reshard()  # type: ignore[operator]
         for module in list(model.modules()):
             state = module.__dict__
-            parameters = {name: unsharded(p) for name, p in module._parameters.items()}
-            plain = {**state, "_parameters": parameters}
-            if isinstance(module, sharding):
-                plain = {k: v for k, v in plain.items() if not k.startswith(_FSDP_ATTRIBUTES)}
-                for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                    plain[hooks] = type(state[hooks])(
-                        (k, hook) for k, hook in state[hooks].items() if not _is_of_torch(hook)
-                    )
-            elif all(parameters[name] is p for name, p in module._parameters.items()):
-                continue
+            plain = {k: v for k, v in state.items() if not k.startswith(_FSDP_ATTRIBUTES)}
+            plain["_parameters"] = {k: unsharded(p) for k, p in module._parameters.items()}
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                own = [item for item in state[hooks].items() if not _is_of_torch(item[1])]
+                plain[hooks] = type(state[hooks])(own)
             changed.append((module, type(module), state))
             object.__setattr__(module, "__dict__", plain)
-            own = (cls for cls in type(module).__mro__ if not issubclass(cls, sharding))
-            object.__setattr__(module, "__class__", next(own))
+            classes = (cls for cls in type(module).__mro__ if not issubclass(cls, sharding))
+            object.__setattr__(module, "__class__", next(classes))
         yield
     finally:
         for module, cls, state in changed:

@@ -24,12 +24,12 @@ struct Shape {
   int64_t results() const { return parts() * (inner > 1 ? 1 : channels); }
 };
 
-// Rows of channels: whole groups of registers, odd ones, fewer than a vector. Planes: shorter than a
-// step, with and without a rest, and ends that are no whole byte of the mask.
-const Shape kShapes[] = {{7, 64, 1},  {23, 128, 1}, {9, 17, 1}, {40, 3, 1},  {11, 80, 1},
-                         {6, 4, 1},   {5, 1, 1},    {3, 77, 1}, {1, 16, 1},  {4100, 2, 1},
-                         {2, 3, 49},  {1, 2, 16},   {3, 5, 7},  {2, 2, 200}, {1, 1, 1000},
-                         {4, 3, 2},   {2, 1, 33}};
+// Rows of channels: whole groups of registers, odd ones, fewer than a vector. Planes: shorter than
+// a step, with and without a rest, and ends that are no whole byte of the mask.
+const Shape kShapes[] = {{7, 64, 1}, {23, 128, 1}, {9, 17, 1}, {40, 3, 1},  {11, 80, 1},
+                         {6, 4, 1},  {5, 1, 1},    {3, 77, 1}, {1, 16, 1},  {4100, 2, 1},
+                         {2, 3, 49}, {1, 2, 16},   {3, 5, 7},  {2, 2, 200}, {1, 1, 1000},
+                         {4, 3, 2},  {2, 1, 33}};
 
 std::string text(const Shape& shape) {
   return "shape " + std::to_string(shape.outer) + "x" + std::to_string(shape.channels) + "x" +

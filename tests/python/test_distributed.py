@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qtoolkit as qt
-from qtoolkit.fake_quantize import FakeQuantize, register_fake_quantize
+from qtoolkit.fake_quantize import FakeQuantize
 
 X = torch.randn(2, 1, 8, 8)
 
@@ -161,47 +161,67 @@ class Branching(nn.Module):
         return self.tail(x.mean((2, 3)))
 
 
-@register_fake_quantize("first_batch")
-class FirstBatch(FakeQuantize):
-    """Learns a scale that begins with the greatest value of the first batch."""
-
-    def __init__(self, spec: qt.TensorSpec, name: str = "", *, is_weight: bool | None = None):
-        super().__init__(spec, name, is_weight=is_weight)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.register_buffer("zero_point", torch.zeros(1))
-
-    def _observe(self, x: Tensor) -> tuple[Tensor, ...]:
-        if not self.ready:
-            self.scale.data.copy_(x.detach().abs().max() / self.spec.quant_max)
-            self.ready = True
-        return self._known()
-
-    def _quantize(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        scaled = x / parameters[0]
-        rounded = scaled.round().clamp(self.spec.quant_min, self.spec.quant_max)
-        return (scaled + (rounded - scaled).detach()) * parameters[0]
+def with_lsq(weights: Any) -> nn.Module:
+    model = ResNet()
+    model.load_state_dict(weights)
+    activation = qt.TensorSpec("uint4", method="lsq")
+    weight = qt.TensorSpec("int4", "per_channel", symmetric=True, method="lsq")
+    mapping = qt.QConfigMapping().set_global(qt.QConfig(activation, weight))
+    return qt.prepare_qat(model, mapping, example_inputs=(X,))
 
 
 def learned(rank: int, weights: Any) -> Any:
-    model = ResNet()
-    model.load_state_dict(weights)
-    activation = qt.TensorSpec("int8", symmetric=True, method="first_batch")
-    weight = qt.get_default_qat_qconfig_mapping("x86").global_qconfig.weight
-    mapping = qt.QConfigMapping().set_global(qt.QConfig(activation, weight))
-    qat = qt.prepare_qat(model, mapping, example_inputs=(X,))
+    qat, alone = with_lsq(weights), with_lsq(weights)
+    qt.distributed.remove_synchronizer(alone)
+    batch = share(rank)[0][0] * (1 + rank)
+    alone(batch)
     wrapped = DistributedDataParallel(qat)
-    wrapped(2 * share(rank)[0][0] * (1 + rank))  # other values on each rank
-    begun = qat.x_fake_quantize.scale.item()
+    wrapped(batch)
+    begun = [model.relu_fake_quantize.scale.clone() for model in (alone, qat)]
     fit(wrapped, share(rank)[:3])
     return begun, state(qat), state(qt.convert(wrapped))
 
 
 def test_learned_scales_begin_alike_on_all_ranks():
     first, second = on_ranks(learned, trained().state_dict())
-    assert first[0] == second[0] == pytest.approx(3 / 127, rel=1e-6)
-    assert first[1]["x_fake_quantize.scale"].item() != first[0]
+    (own, begun), (other, also) = first[0], second[0]
+    assert own != other
+    assert begun == also == ((own.double() + other.double()) / 2).float()
+    assert first[1]["relu_fake_quantize.scale"] != begun
     assert differences(first[1], second[1]) == []
     assert differences(first[2], second[2]) == []
+
+
+def learned_and_sharded(rank: int, weights: Any) -> Any:
+    qat = with_lsq(weights)
+    data = share(rank)
+    qt.calibrate(qat, data[:1], progress=False)
+    begun = qat.conv1.weight_fake_quant.scale.detach().clone()
+    fully_shard(qat)
+    fit(qat, data[:4])
+    converted = qt.convert(qat)
+    scale = qat.conv1.weight_fake_quant.scale.full_tensor()
+    return begun, scale.detach(), state(converted)
+
+
+def test_learned_scales_are_sharded():
+    first, second = on_ranks(learned_and_sharded, trained().state_dict())
+    assert torch.equal(first[1], second[1])
+    assert first[1].shape == (16,)
+    assert not torch.equal(first[0], first[1])
+    assert torch.allclose(first[0], first[1], rtol=0.1)
+    assert differences(first[2], second[2]) == []
+
+
+def sharded_too_early(rank: int, weights: Any) -> None:
+    qat = fully_shard(with_lsq(weights))
+    qat(share(rank)[0][0])
+
+
+def test_learned_scales_that_are_sharded_before_they_begin_are_an_error():
+    for result in on_ranks(sharded_too_early, trained().state_dict()):
+        assert isinstance(result, RuntimeError)
+        assert "run a batch in training mode, or qt.calibrate, before fully_shard" in str(result)
 
 
 def scheduled(rank: int) -> Any:

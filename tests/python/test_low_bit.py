@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from low_bit import activation, mapping_of, weight
 from networks import Kinds, ResNet, batches, settle, sqnr
 from torch import nn
 
@@ -11,19 +12,6 @@ import qtoolkit as qt
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
 
 X = torch.randn(2, 3, 32, 32)
-
-
-def activation(format: str, **options) -> TensorSpec:
-    return TensorSpec(format, observer="moving_average", **options)
-
-
-def weight(format: str, **options) -> TensorSpec:
-    options = {"granularity": "per_channel", "observer": "per_channel_minmax", **options}
-    return TensorSpec(format, symmetric=True, **options)
-
-
-def mapping_of(activation: TensorSpec, weight: TensorSpec) -> QConfigMapping:
-    return QConfigMapping().set_global(QConfig(activation, weight))
 
 
 def trained_qat(mapping: QConfigMapping) -> nn.Module:

@@ -1,6 +1,7 @@
 // Batch norm in plain C++ with vector types, compiled once for every baseline: the including file
-// opens the path's namespace, and defines QT_VECTOR_BYTES, QT_CHANNEL_GROUP and the functions
-// bits_of and masks_of. No include guard and no includes, on purpose.
+// opens the path's namespace, and defines QT_VECTOR_BYTES, QT_CHANNEL_GROUP, the
+// vector types, and the functions multiply_add, bits_of and masks_of. No include guard and no
+// includes, on purpose.
 
 namespace {
 
@@ -8,7 +9,6 @@ constexpr int64_t kStep = kBatchNormStep;
 constexpr int64_t kLanes = QT_VECTOR_BYTES / 4;
 constexpr int64_t kVectors = kStep / kLanes;  // in a step
 using HalfFloats = float __attribute__((vector_size(QT_VECTOR_BYTES / 2)));
-using Doubles = double __attribute__((vector_size(QT_VECTOR_BYTES)));
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
@@ -40,28 +40,9 @@ inline void add_product_to(Doubles* sums, const Floats& a, const Floats& b) {
   __builtin_memcpy(half_a, &a, sizeof half_a);
   __builtin_memcpy(half_b, &b, sizeof half_b);
   for (int64_t h = 0; h < 2; ++h) {
-    sums[h] += __builtin_convertvector(half_a[h], Doubles) *
-               __builtin_convertvector(half_b[h], Doubles);
+    sums[h] = multiply_add(__builtin_convertvector(half_a[h], Doubles),
+                           __builtin_convertvector(half_b[h], Doubles), sums[h]);
   }
-}
-
-// Bits [i, i + count) of a mask, count <= kStep, the others zero.
-inline uint32_t load_bits(const uint8_t* mask, int64_t i, int64_t count) {
-  const uint8_t* from = mask + i / 8;
-  const int64_t shift = i % 8, bytes = (shift + count + 7) / 8;
-  uint32_t bits = from[0];
-  if (bytes > 1) bits |= uint32_t{from[1]} << 8;
-  if (bytes > 2) bits |= uint32_t{from[2]} << 16;
-  return bits >> shift & ((1u << count) - 1);
-}
-
-inline bool bit_of(const uint8_t* mask, int64_t i) {
-  return mask == nullptr || (mask[i / 8] >> i % 8 & 1) != 0;
-}
-
-// values where the bits are set, else 0.
-inline Floats where_set(uint32_t bits, const Floats& values) {
-  return (Floats)((Masks)values & masks_of(bits));
 }
 
 // --- sums ---------------------------------------------------------------------------------------
@@ -144,8 +125,8 @@ inline double sum_of(const double* lanes) {
 
 // --- elements with a channel's numbers ----------------------------------------------------------
 
-// Calls body(i, count, numbers) for every step of [begin, end): count is kStep but in the last step,
-// and numbers[p][k] is parameters[p] of element i + k's channel.
+// Calls body(i, count, numbers) for every step of [begin, end): count is kStep but in the last
+// step, and numbers[p][k] is parameters[p] of element i + k's channel.
 template <int64_t kParameters, class View, class Body>
 void for_each_step(const View& view, const float* const (&parameters)[kParameters], int64_t begin,
                    int64_t end, const Body& body) {
@@ -227,9 +208,8 @@ void act(const BatchNormArgs& args, int64_t begin, int64_t end) {
     uint32_t bits = 0;
     for (int64_t v = 0; v < kVectors; ++v) {
       const int64_t k = v * kLanes;
-      const Floats z =
-          normalized<kResidual>(x + k, kResidual ? residual + k : nullptr, numbers[0] + k,
-                                numbers[1] + k);
+      const Floats z = normalized<kResidual>(x + k, kResidual ? residual + k : nullptr,
+                                             numbers[0] + k, numbers[1] + k);
       Masks passes = (z > lower) & (z < upper);
       Floats result = between(z, lower, upper);
       if constexpr (kQuantized) {
@@ -276,8 +256,7 @@ void range(const BatchNormArgs& args, int64_t begin, int64_t end) {
   };
   const float* parameters[2] = {args.factor, args.addend};
   for_each_step(
-      args, parameters, begin, end,
-      [&](int64_t i, int64_t count, const float* const(&numbers)[2]) {
+      args, parameters, begin, end, [&](int64_t i, int64_t count, const float* const(&numbers)[2]) {
         const float* residual = kResidual ? args.residual + i : nullptr;
         if (count == kStep) {
           for (int64_t k = 0; k < kStep; k += kLanes) {
@@ -305,140 +284,6 @@ void range(const BatchNormArgs& args, int64_t begin, int64_t end) {
   }
   *args.minimum = low;
   *args.maximum = high;
-}
-
-// --- sums of the gradient -----------------------------------------------------------------------
-
-template <int64_t kGroup, bool kMask, bool kStore>
-void reduce_rows(const BatchNormReduceArgs& args, int64_t first, int64_t rows, double* to_sum,
-                 double* to_products) {
-  Doubles sum[2 * kGroup], products[2 * kGroup];
-  __builtin_memcpy(sum, to_sum, sizeof sum);
-  __builtin_memcpy(products, to_products, sizeof products);
-  for (int64_t row = 0; row < rows; ++row, first += args.channels) {
-    for (int64_t g = 0; g < kGroup; ++g) {
-      const int64_t i = first + g * kLanes;
-      auto dz = load<Floats>(args.grad + i);
-      if constexpr (kMask) {
-        // Groups of channels that begin at whole bytes of the mask are aligned if rows are.
-        dz = where_set(load_bits(args.mask, i, kLanes), dz);
-      }
-      if constexpr (kStore) store(args.dz + i, dz);
-      add_to(sum + 2 * g, dz);
-      add_product_to(products + 2 * g, dz, load<Floats>(args.x + i));
-    }
-  }
-  __builtin_memcpy(to_sum, sum, sizeof sum);
-  __builtin_memcpy(to_products, products, sizeof products);
-}
-
-template <bool kMask, bool kStore>
-void reduce_row_part(const BatchNormReduceArgs& args, int64_t part) {
-  const int64_t channels = args.channels;
-  double* sum = args.sum + part * channels;
-  double* products = args.products + part * channels;
-  const int64_t begin = part * args.part_rows;
-  const int64_t end = begin + args.part_rows < args.outer ? begin + args.part_rows : args.outer;
-  const int64_t together = rows_together(channels);
-  for (int64_t row = begin; row < end; row += together) {
-    const int64_t rows = end - row < together ? end - row : together;
-    const int64_t first = row * channels;
-    int64_t c = 0;
-    for (; c + QT_CHANNEL_GROUP <= channels; c += QT_CHANNEL_GROUP) {
-      reduce_rows<kGroupVectors, kMask, kStore>(args, first + c, rows, sum + c, products + c);
-    }
-    for (; c + kLanes <= channels; c += kLanes) {
-      reduce_rows<1, kMask, kStore>(args, first + c, rows, sum + c, products + c);
-    }
-    for (int64_t k = 0; k < rows && c < channels; ++k) {
-      for (int64_t rest = c; rest < channels; ++rest) {
-        const int64_t i = first + k * channels + rest;
-        const float dz = bit_of(args.mask, i) ? args.grad[i] : 0.0f;
-        if constexpr (kStore) args.dz[i] = dz;
-        sum[rest] += double{dz};
-        products[rest] += double{dz} * double{args.x[i]};
-      }
-    }
-  }
-}
-
-template <bool kMask, bool kStore>
-void reduce_plane(const BatchNormReduceArgs& args, int64_t part) {
-  Doubles sum[2 * kVectors] = {}, products[2 * kVectors] = {};
-  const int64_t begin = part * args.inner, end = begin + args.inner;
-  int64_t i = begin;
-  for (; i + kStep <= end; i += kStep) {
-    const uint32_t bits = kMask ? load_bits(args.mask, i, kStep) : 0;
-    for (int64_t v = 0; v < kVectors; ++v) {
-      auto dz = load<Floats>(args.grad + i + v * kLanes);
-      if constexpr (kMask) dz = where_set(bits >> v * kLanes, dz);
-      if constexpr (kStore) store(args.dz + i + v * kLanes, dz);
-      add_to(sum + 2 * v, dz);
-      add_product_to(products + 2 * v, dz, load<Floats>(args.x + i + v * kLanes));
-    }
-  }
-  double lane_sum[kStep], lane_products[kStep];
-  __builtin_memcpy(lane_sum, sum, sizeof lane_sum);
-  __builtin_memcpy(lane_products, products, sizeof lane_products);
-  for (int64_t k = 0; i < end; ++i, ++k) {
-    const float dz = bit_of(args.mask, i) ? args.grad[i] : 0.0f;
-    if constexpr (kStore) args.dz[i] = dz;
-    lane_sum[k] += double{dz};
-    lane_products[k] += double{dz} * double{args.x[i]};
-  }
-  args.sum[part] = sum_of(lane_sum);
-  args.products[part] = sum_of(lane_products);
-}
-
-template <bool kMask, bool kStore>
-void reduce(const BatchNormReduceArgs& args, int64_t begin, int64_t end) {
-  for (int64_t part = begin; part < end; ++part) {
-    if (args.inner > 1) {
-      reduce_plane<kMask, kStore>(args, part);
-      continue;
-    }
-    for (int64_t r = part * args.channels; r < (part + 1) * args.channels; ++r) {
-      args.sum[r] = args.products[r] = 0.0;
-    }
-    reduce_row_part<kMask, kStore>(args, part);
-  }
-}
-
-// --- gradient of x ------------------------------------------------------------------------------
-
-template <bool kMask, bool kStatistics>
-void gradient(const BatchNormGradientArgs& args, int64_t begin, int64_t end) {
-  const auto step = [&](const float* grad, uint32_t bits, const float* x,
-                        const float* const(&numbers)[4], float* grad_x) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t k = v * kLanes;
-      auto dz = load<Floats>(grad + k);
-      if constexpr (kMask) dz = where_set(bits >> k, dz);
-      Floats result = dz * load<Floats>(numbers[0] + k);
-      if constexpr (kStatistics) {
-        const Floats centered = load<Floats>(x + k) - load<Floats>(numbers[1] + k);
-        result = result + centered * load<Floats>(numbers[2] + k);
-        result = result + load<Floats>(numbers[3] + k);
-      }
-      store(grad_x + k, result);
-    }
-  };
-  const float* parameters[4] = {args.factor, kStatistics ? args.mean : args.factor,
-                                kStatistics ? args.slope : args.factor,
-                                kStatistics ? args.addend : args.factor};
-  for_each_step(args, parameters, begin, end,
-                [&](int64_t i, int64_t count, const float* const(&numbers)[4]) {
-                  const uint32_t bits = kMask ? load_bits(args.mask, i, count) : 0;
-                  const float* x = kStatistics ? args.x + i : nullptr;
-                  if (count == kStep) {
-                    step(args.grad + i, bits, x, numbers, args.grad_x + i);
-                    return;
-                  }
-                  const PartialStep part(args.grad + i, count), input(x, count);
-                  PartialStep result(nullptr, 0);
-                  step(part.values, bits, input.values, numbers, result.values);
-                  result.store_to(args.grad_x + i, count);
-                });
 }
 
 }  // namespace
@@ -491,24 +336,4 @@ void batch_norm_act(const BatchNormArgs& args, int64_t begin, int64_t end) {
 
 void batch_norm_range(const BatchNormArgs& args, int64_t begin, int64_t end) {
   args.residual != nullptr ? range<true>(args, begin, end) : range<false>(args, begin, end);
-}
-
-void batch_norm_reduce(const BatchNormReduceArgs& args, int64_t begin, int64_t end) {
-  if (args.mask != nullptr) {
-    args.dz != nullptr ? reduce<true, true>(args, begin, end)
-                       : reduce<true, false>(args, begin, end);
-  } else {
-    args.dz != nullptr ? reduce<false, true>(args, begin, end)
-                       : reduce<false, false>(args, begin, end);
-  }
-}
-
-void batch_norm_gradient(const BatchNormGradientArgs& args, int64_t begin, int64_t end) {
-  if (args.mask != nullptr) {
-    args.x != nullptr ? gradient<true, true>(args, begin, end)
-                      : gradient<true, false>(args, begin, end);
-  } else {
-    args.x != nullptr ? gradient<false, true>(args, begin, end)
-                      : gradient<false, false>(args, begin, end);
-  }
 }

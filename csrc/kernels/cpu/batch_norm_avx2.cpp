@@ -9,7 +9,13 @@ namespace qtoolkit::kernels::avx2 {
 namespace {
 
 using Floats = float __attribute__((vector_size(QT_VECTOR_BYTES)));
+using Doubles = double __attribute__((vector_size(QT_VECTOR_BYTES)));
 using Masks = int32_t __attribute__((vector_size(QT_VECTOR_BYTES)));
+
+// a * b + c, where a * b is exact.
+inline Doubles multiply_add(const Doubles& a, const Doubles& b, const Doubles& c) {
+  return a * b + c;
+}
 
 // The bits of the lanes that are -1, and back.
 inline uint32_t bits_of(const Masks& masks) {
@@ -22,4 +28,5 @@ inline Masks masks_of(uint32_t bits) {
 
 }  // namespace
 #include "kernels/cpu/batch_norm.inl"
+#include "kernels/cpu/batch_norm_backward.inl"
 }  // namespace qtoolkit::kernels::avx2

@@ -60,6 +60,16 @@ struct Table {
     low[k] = channel.low;
     high[k] = channel.high;
   }
+  // Elements [begin, end), and up to kLanes - 1 after them.
+  void put(int64_t begin, int64_t end, const Channel& channel) {
+    const Parameters same = SameForAll(channel).parameters;
+    for (int64_t k = begin; k < end; k += kLanes) {
+      __builtin_memcpy(scale + k, &same.scale, sizeof(Floats));
+      __builtin_memcpy(inverse + k, &same.inverse, sizeof(Floats));
+      __builtin_memcpy(low + k, &same.low, sizeof(Floats));
+      __builtin_memcpy(high + k, &same.high, sizeof(Floats));
+    }
+  }
 };
 
 // Writes y and returns where the gradient passes.
@@ -115,40 +125,52 @@ inline void fake_quantize_at(const FakeQuantizeArgs& args, int64_t i, int64_t co
   }
 }
 
-// The parameters of element i, and the first element after it with others.
+// The run of elements with the same parameters that holds element i, and those after it.
 struct Run {
-  int64_t channel, end;
+  const FakeQuantizeArgs& args;
+  int64_t channel, end, row_end;
+
+  Run(const FakeQuantizeArgs& args, int64_t i) : args(args) {
+    const int64_t row = i / args.inner, group = i % args.inner / args.group;
+    const int64_t groups = (args.inner + args.group - 1) / args.group;
+    channel = (row * groups + group) % args.channels;
+    row_end = (row + 1) * args.inner;
+    end = row * args.inner + (group + 1) * args.group;
+    end = end < row_end ? end : row_end;
+  }
+  void next() {
+    channel = channel + 1 == args.channels ? 0 : channel + 1;
+    if (end == row_end) row_end += args.inner;
+    end = end + args.group < row_end ? end + args.group : row_end;
+  }
 };
 
-inline Run run_at(const FakeQuantizeArgs& args, int64_t i) {
-  const int64_t row = i / args.inner, column = i % args.inner;
-  const int64_t groups = (args.inner + args.group - 1) / args.group, group = column / args.group;
-  const int64_t column_end = (group + 1) * args.group;
-  return {(row * groups + group) % args.channels,
-          row * args.inner + (column_end < args.inner ? column_end : args.inner)};
+// The parameters of `count` elements from i on, which lies in `run`; leaves the run of the element
+// after them.
+inline void fill(Table<kChunk + kLanes>& table, Run& run, int64_t i, int64_t count) {
+  for (int64_t k = 0; k < count;) {
+    const int64_t end = run.end - i < count ? run.end - i : count;
+    table.put(k, end, channel_at(run.args, run.channel));
+    if (end == run.end - i) run.next();
+    k = end;
+  }
 }
 
-// The parameters of elements [i, i + count).
-inline void fill(Table<kChunk>& table, const FakeQuantizeArgs& args, int64_t i, int64_t count) {
-  if (args.inner == 1) {
-    for (int64_t filled = 0; filled < count;) {
-      const int64_t c = (i + filled) % args.channels;
-      const int64_t rest = args.channels - c;
-      const int64_t end = rest < count - filled ? filled + rest : count;
-      for (int64_t k = filled; k < end; ++k) table.put(k, channel_at(args, c + k - filled));
-      filled = end;
-    }
-    return;
-  }
-  for (int64_t k = 0; k < count;) {
-    const Run run = run_at(args, i + k);
-    const Channel channel = channel_at(args, run.channel);
-    for (; k < count && i + k < run.end; ++k) table.put(k, channel);
+// The same where neighbours have different parameters.
+inline void fill_across(Table<kChunk + kLanes>& table, const FakeQuantizeArgs& args, int64_t i,
+                        int64_t count) {
+  for (int64_t filled = 0; filled < count;) {
+    const int64_t c = (i + filled) % args.channels;
+    const int64_t rest = args.channels - c;
+    const int64_t end = rest < count - filled ? filled + rest : count;
+    for (int64_t k = filled; k < end; ++k) table.put(k, channel_at(args, c + k - filled));
+    filled = end;
   }
 }
 
 template <bool relu>
 void fake_quantize_all(const FakeQuantizeArgs& args, int64_t begin, int64_t end) {
+  if (begin >= end) return;
   if (args.channels == 1) {
     const SameForAll source(channel_at(args, 0));
     for (; begin < end; begin += kChunk) {
@@ -166,18 +188,26 @@ void fake_quantize_all(const FakeQuantizeArgs& args, int64_t begin, int64_t end)
     }
     return;
   }
-  Table<kChunk> table;
-  while (begin < end) {
-    const Run run = run_at(args, begin);
+  Table<kChunk + kLanes> table;
+  if (args.inner == 1) {
+    for (; begin < end; begin += kChunk) {
+      const int64_t count = end - begin < kChunk ? end - begin : kChunk;
+      fill_across(table, args, begin, count);
+      fake_quantize_at<relu>(args, begin, count, table.from(0));
+    }
+    return;
+  }
+  for (Run run(args, begin); begin < end;) {
     const int64_t run_end = run.end < end ? run.end : end;
     if (run_end - begin >= kChunk) {
       const SameForAll source(channel_at(args, run.channel));
       for (; run_end - begin >= kChunk; begin += kChunk) {
         fake_quantize_at<relu>(args, begin, kChunk, source);
       }
+      if (begin == run.end) run.next();
     } else {
       const int64_t count = end - begin < kChunk ? end - begin : kChunk;
-      fill(table, args, begin, count);
+      fill(table, run, begin, count);
       fake_quantize_at<relu>(args, begin, count, table.from(0));
       begin += count;
     }

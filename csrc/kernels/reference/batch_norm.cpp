@@ -49,7 +49,9 @@ void sum_part(const Args& args, int64_t part, double* results, Value value) {
   }
 }
 
-bool bit_of(const uint8_t* mask, int64_t i) { return mask == nullptr || (mask[i / 8] >> i % 8 & 1); }
+bool bit_of(const uint8_t* mask, int64_t i) {
+  return mask == nullptr || (mask[i / 8] >> i % 8 & 1);
+}
 
 // The activation's input.
 float normalized(const BatchNormArgs& args, int64_t i) {

@@ -1,5 +1,6 @@
 #include "kernels/learned.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -13,7 +14,14 @@ namespace {
 template <class Term>
 double sum_of(int64_t begin, int64_t end, Term term) {
   std::array<double, 16> lanes{};
-  for (int64_t i = begin; i < end; ++i) lanes[(i - begin) % 16] += static_cast<double>(term(i));
+  for (; begin < end; begin += 64) {
+    std::array<float, 64> terms{};
+    for (int64_t k = 0; k < std::min<int64_t>(64, end - begin); ++k) terms[k] = term(begin + k);
+    for (int64_t k = 0; k < 16; ++k) {
+      const float four = (terms[k] + terms[k + 16]) + (terms[k + 32] + terms[k + 48]);
+      lanes[k] += static_cast<double>(four);
+    }
+  }
   for (int64_t half = 8; half > 0; half /= 2) {
     for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
   }

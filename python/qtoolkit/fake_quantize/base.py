@@ -52,7 +52,7 @@ class FakeQuantize(QuantizationState):
     """What the method is for."""
 
     flags = ("observing", "fake_quantizing", "ready")
-    resizable = ("scale", "zero_point")
+    resizable: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
 
     scale: Tensor
     zero_point: Tensor

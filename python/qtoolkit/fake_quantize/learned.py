@@ -20,8 +20,8 @@ class LearnedFakeQuantize(FakeQuantize):
     first at all), and are the optimizer's from then on. On the first batch this reads values on the
     host. While frozen they get no gradient.
 
-    Under distributed training every rank must begin with the same values: run a batch, or
-    `qt.calibrate`, before the model is wrapped or sharded.
+    Under DDP all ranks begin with the mean of their values (`qtoolkit.distributed`). Before FSDP2
+    shards the model, run a batch in training mode, or `qt.calibrate`.
 
     A subclass implements `_begin`; `learns` names the parameters, float32 [1] or [channels].
     """
@@ -64,6 +64,12 @@ class LearnedFakeQuantize(FakeQuantize):
     @torch.compiler.disable
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
+        if getattr(self, "_is_fsdp_managed_module", False):  # what is set here would be lost
+            raise RuntimeError(
+                f"{self.spec.method} of {self.name!r} has no values to begin with, and its "
+                "parameters are sharded: run a batch in training mode, or qt.calibrate, before "
+                "fully_shard"
+            )
         x = x.detach().float()
         if self._accepts(x):
             self.allocate(x)

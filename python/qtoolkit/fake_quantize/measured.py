@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class MeasuredFakeQuantize(FakeQuantize):
     A subclass implements `_measure`; `measures` names the buffers that hold what it returns.
     """
 
-    measures = ("scale", "zero_point")
+    measures: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
 
     def __init__(self, spec: TensorSpec, name: str = "", *, is_weight: bool | None = None) -> None:
         super().__init__(spec, name, is_weight=is_weight)

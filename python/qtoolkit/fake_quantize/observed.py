@@ -8,6 +8,7 @@ from torch import Tensor
 from qtoolkit import ops
 from qtoolkit.fake_quantize.measured import MeasuredFakeQuantize
 from qtoolkit.fake_quantize.registry import register_fake_quantize
+from qtoolkit.observers import MovingAverageMinMaxObserver
 from qtoolkit.qconfig import TensorSpec
 
 # Relative difference of scales that are of one range: averages are rounded.
@@ -32,6 +33,41 @@ class ObservedFakeQuantize(MeasuredFakeQuantize):
     def uses_observer(cls, spec: TensorSpec) -> bool:
         """Always."""
         return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As in the base class; a moving average is moved by the operator that then quantizes."""
+        observer = self.observer
+        if not (
+            type(observer) is MovingAverageMinMaxObserver
+            and self.observing
+            and self.training
+            and self.fake_quantizing
+            and self.on_nonfinite == "skip"  # as the operator does
+            and not self.is_weight
+            and observer.enabled
+            and self.spec.granularity == "per_tensor"
+            and isinstance(x, Tensor)
+            and x.numel() > 0
+        ):
+            return super().forward(x)
+        spec = self.spec
+        reads = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        before = (observer.min_val.item(), observer.max_val.item()) if reads else None
+        y = ops.observe_fake_quantize(
+            x,
+            observer.min_val,
+            observer.max_val,
+            self.scale,
+            self.zero_point,
+            observer.averaging_constant,
+            spec.quant_min,
+            spec.quant_max,
+            spec.symmetric,
+        )
+        self.note_measured()
+        if reads and before == (observer.min_val.item(), observer.max_val.item()):
+            observer.check_batch(x)  # it was skipped, or happens to have the same range
+        return y
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> ObservedFakeQuantize:

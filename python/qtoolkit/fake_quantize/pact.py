@@ -73,9 +73,7 @@ class PACTFakeQuantize(LearnedFakeQuantize):
         features = x.numel() // x.shape[0] if x.dim() and x.shape[0] else 1
         scale = alpha / float(quant_max)
         gradient_scale = (max(features, 1) * quant_max) ** -0.5
-        return ops.fake_quantize_lsq(
-            x, scale, self.zero_point, None, 0, quant_max, gradient_scale
-        )
+        return ops.fake_quantize_lsq(x, scale, self.zero_point, None, 0, quant_max, gradient_scale)
 
     def _is_shifted(self) -> bool:
         """Whether the zero point is not 0; read from the device once."""

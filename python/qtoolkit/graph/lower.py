@@ -112,6 +112,8 @@ class _Lowering:
         if isinstance(layer, qat.Conv2d | qat.Linear):
             layer.quantized_weight()
             layer.weight_fake_quant.freeze()
+        if isinstance(match.batch_norm, qat.BatchNorm1d | qat.BatchNorm2d):
+            match.batch_norm.freeze()
         for node in match.nodes:
             self._dequantize_inputs(node)
         self._add_float_layer(source, type(layer).__name__, f"simulated in float: {reason}")

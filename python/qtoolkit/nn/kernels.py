@@ -40,5 +40,7 @@ def weight_without_kernel(spec: TensorSpec) -> str | None:
         )
     if spec.quant_min < -127:
         # A batch norm of negative factor turns the sign of codes.
-        return f"weights with the code {spec.quant_min} have no integer kernel (symmetric ones have)"
+        return (
+            f"weights with the code {spec.quant_min} have no integer kernel (symmetric ones have)"
+        )
     return None

@@ -70,11 +70,12 @@ def _refine(weight: IntegerWeight, bias: Tensor, x_scale: Tensor) -> IntegerWeig
     """
     if weight.codes.numel() == 0:
         return weight
-    largest = max(int(weight.codes.abs().max()), 1)
-    factors = torch.arange(1, 127 // largest + 1, device=bias.device)
+    largest = weight.codes.flatten(1).abs().amax(1, keepdim=True).clamp(min=1)
+    factors = torch.arange(1, 127 // int(largest.min()) + 1, device=bias.device)
     steps = (x_scale * weight.scale.double()).unsqueeze(1) / factors
     wanted = bias.unsqueeze(1) / steps
     error = (wanted - wanted.round()).abs() * steps
+    error = error.masked_fill(factors * largest > 127, float("inf"))
     factor = factors[error.argmin(dim=1)]
     shape = (-1, *([1] * (weight.codes.dim() - 1)))
     codes = (weight.codes * factor.reshape(shape)).to(torch.int8)

@@ -65,3 +65,7 @@ class MovingAverageMinMaxObserver(Observer):
             ).to(values.dtype)
             for name, values in state.items()
         }
+
+    def check_batch(self, x: Tensor) -> None:
+        """Does what `on_nonfinite` says if x holds NaN or Inf; observes nothing."""
+        self._checked(*ops.min_max(x.detach()))

@@ -90,7 +90,7 @@ def observe_fake_quantize(
     quant_max: int,
     symmetric: bool,
 ) -> Tensor:
-    """Moves a running range towards that of x, then fake_quantize_per_tensor(x) with its parameters.
+    """Moves a running range towards that of x, then fake_quantize_per_tensor(x) with it.
 
     min_val, max_val (float32), scale (float32) and zero_point (int32), one element each, are
     changed in place. The first range, where min_val is +Inf, is that of x; later ones move by

@@ -92,9 +92,9 @@ def batch_norm_act(
     The batch norm is that of Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1, with
     PyTorch's running statistics: with `training` the batch is normalized by its own mean and biased
     variance, and running_mean and running_var, where given, move towards the batch's by `momentum`;
-    else they are used as they are. It comes before the fake-quantize in float, as in Krishnamoorthi,
-    "Quantizing deep convolutional networks for efficient inference" (2018), section 3.2.2; ranges
-    and the straight-through gradient are those of Jacob et al. (2018), section 3.2.
+    else they are used as they are. It comes before the fake-quantize in float, as in
+    Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018), section
+    3.2.2; ranges and the straight-through gradient are those of Jacob et al. (2018), section 3.2.
 
     Where averaging_constant is above 0, min_val and max_val move towards the least and greatest
     value of the batch as in `MovingAverageMinMaxObserver`, and scale and zero_point follow them; a
@@ -105,8 +105,8 @@ def batch_norm_act(
     Args:
         x: float32, float16 or bfloat16 [N, C] or [N, C, ...]; computed in float32. channels_last is
             fastest, with a multiple of 16 channels.
-        weight, bias, running_mean, running_var: float32 [C], or None for 1 and 0, and for no running
-            statistics. The latter are changed in place.
+        weight, bias, running_mean, running_var: float32 [C], or None for 1 and 0, and for no
+            running statistics. The latter are changed in place.
         residual: float, of x's shape; added before the activation.
         relu: whether ReLU follows; `upper` then bounds it (6 for ReLU6).
         min_val, max_val, scale, zero_point: one element each, float32, zero_point int32; changed in
