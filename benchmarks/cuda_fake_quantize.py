@@ -2,10 +2,10 @@
 
     python benchmarks/cuda_fake_quantize.py [--elements 67108864] [--types float32 bfloat16]
 
-Bandwidth is the bytes that an operator has to move, each input read once and each result written
-once, over its time; a share of 100 % is that of copying a tensor of the same size and type. Times are
-medians of CUDA events, over tensors that do not fit the caches together. Results go to
-benchmarks/results/cuda_fake_quantize.json.
+Bandwidth is the bytes that an operator has to move over its time: each input is read once and each
+result written once in every pass that the operator cannot do without. 100 % is that of copying a
+tensor of the same size and type. Times are medians of CUDA events; tensors do not fit the caches.
+Results go to benchmarks/results/cuda_fake_quantize.json.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import _bench
 import torch
 from torch import Tensor
 
-import _bench
 from qtoolkit import ops
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,6 +122,29 @@ def cases(elements: int, dtype: torch.dtype) -> Iterator[Case]:
         3 * size,
     )
 
+    few = 2 * size
+    yield "ternary", lambda: qtoolkit.fake_quantize_ternary(x, learned, shift, None), few
+    yield (
+        "binary",
+        lambda: qtoolkit.fake_quantize_binary_mask(x, learned, None, 1.0),
+        few + mask_size,
+    )
+    yield (
+        "fp8_e4m3",
+        lambda: qtoolkit.fake_quantize_float_mask(x, learned, None, 3, -6, 448.0),
+        few + mask_size,
+    )
+    yield (
+        "mxfp4",
+        lambda: qtoolkit.fake_quantize_block_float(x, None, 32, 1, 0, 6.0, "e8m0"),
+        few,
+    )
+    yield (
+        "nvfp4",
+        lambda: qtoolkit.fake_quantize_block_float(x, learned, 16, 1, 0, 6.0, "e4m3"),
+        few,
+    )
+
     weight, bias = torch.rand(channels, device="cuda"), torch.randn(channels, device="cuda")
     mean, var = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")
     for layout, t, g in (("", x, grad), (", channels_last", x_last, grad_last)):
@@ -146,10 +169,8 @@ def measure(elements: int, dtype: torch.dtype, rounds: int) -> list[dict[str, An
     """One row for each operator; the copy's first."""
     source = torch.randn(elements, dtype=dtype, device="cuda")
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * source.element_size()
     copy_ms = median_ms(lambda: target.copy_(source), rounds)
-    copy_rate = copied / copy_ms
-    del source, target
+    copy_rate = 2 * source.numel() * source.element_size() / copy_ms
     rows = [{"name": "copy", "ms": copy_ms, "gb_per_s": copy_rate / 1e6, "share": 1.0}]
     for name, call, size in cases(elements, dtype):
         ms = median_ms(call, rounds)
@@ -166,8 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit(
-            "No GPU: torch.cuda.is_available() is false. This benchmark measures the CUDA operators; "
-            "benchmarks/fake_quantize.py measures those of the CPU."
+            "No GPU: torch.cuda.is_available() is false. This benchmark measures the CUDA "
+            "operators; benchmarks/fake_quantize.py measures those of the CPU."
         )
     from _common import markdown_table
 
@@ -179,7 +200,12 @@ def main() -> None:
             markdown_table(
                 ["", "ms", "GB/s", "of a copy"],
                 [
-                    [row["name"], f"{row['ms']:.3f}", f"{row['gb_per_s']:.0f}", f"{row['share']:.0%}"]
+                    [
+                        row["name"],
+                        f"{row['ms']:.3f}",
+                        f"{row['gb_per_s']:.0f}",
+                        f"{row['share']:.0%}",
+                    ]
                     for row in results[name]
                 ],
             )

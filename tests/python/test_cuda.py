@@ -1,119 +1,32 @@
-"""The CUDA operators give the CPU operators' bits, and the same bits every time.
-
-Sums over a tensor are added in another order than on the CPU, in double: what depends on them
-(gradients of learned parameters, batch statistics) agrees to float32 rounding.
-"""
+"""The CUDA operators give the CPU operators' bits: fake-quantize and observers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from cuda_reference import (
+    CHANNEL_CASES,
+    DTYPES,
+    LAST,
+    channel_qparams,
+    check_bits,
+    check_fake_quantize,
+    needs_gpu,
+    same_bits,
+    state,
+    values,
+)
 from op_reference import scale, seeded, zero_point
 from torch import Tensor
 
 from qtoolkit import ops
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false"
-)
+pytestmark = needs_gpu
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAST = torch.channels_last
 SHAPES = [(), (1,), (7,), (1000,), (1_000_003,), (2, 3, 5, 7), (4, 64, 9, 9), (3, 1, 40), (0, 4)]
 RANGES = [(0, 255, 128), (-128, 127, 0), (-127, 127, 0), (0, 15, 3), (-8, 7, -1)]
-# Channels side by side and apart, in whole 16-byte words and not, one tile of a warp and many.
-CHANNEL_CASES = [
-    ((4, 33, 5, 6), 0, torch.contiguous_format),
-    ((4, 33, 5, 6), 1, torch.contiguous_format),
-    ((4, 33, 5, 6), 1, LAST),
-    ((4, 33, 5, 6), 2, LAST),
-    ((4, 33, 5, 6), -1, torch.contiguous_format),
-    ((6, 64, 8, 8), 1, torch.contiguous_format),
-    ((6, 64, 8, 8), 1, LAST),
-    ((3, 96, 7, 5), 1, LAST),
-    ((2, 3, 41, 41), 1, LAST),
-    ((2, 3, 41, 41), 1, torch.contiguous_format),
-    ((48, 640), 0, torch.contiguous_format),
-    ((300, 1000), 1, torch.contiguous_format),
-    ((2, 5, 3, 4, 8), 1, torch.channels_last_3d),
-    ((70, 1, 9), 1, torch.contiguous_format),
-    ((0, 8, 3), 1, torch.contiguous_format),
-]
-SPECIAL = torch.tensor(
-    [
-        *(float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, -1e-45),
-        *(3.4028235e38, -3.4028235e38, 1e10, -1e10, 0.125, -0.125, 0.375, 0.625),
-    ]
-)
-
-
-def values(shape: tuple[int, ...], special: bool = True, seed: int = 0) -> Tensor:
-    """Random values; some of them, if `special`, are not finite, huge, tiny or exact ties."""
-    x = torch.randn(shape, generator=seeded(seed)) * 20
-    if special:
-        chosen = SPECIAL[torch.randint(len(SPECIAL), shape, generator=seeded(1))]
-        x = torch.where(torch.rand(shape, generator=seeded(2)) < 0.2, chosen, x)
-    return x
-
-
-def to_gpu(value: Any) -> Any:
-    return value.cuda() if isinstance(value, Tensor) else value
-
-
-def both(function: Callable[..., Any], *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The tensors that function(*args) returns on the GPU, brought back, and on the CPU."""
-    actual, expected = function(*map(to_gpu, args)), function(*args)
-    actual = (actual,) if isinstance(actual, Tensor) else tuple(actual)
-    assert all(tensor.is_cuda for tensor in actual)
-    return tuple(tensor.cpu() for tensor in actual), (
-        (expected,) if isinstance(expected, Tensor) else tuple(expected)
-    )
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """The bits, but for those of a 16-bit NaN."""
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert actual.numel() <= 1 or actual.stride() == expected.stride()
-    if expected.dtype in (torch.float16, torch.bfloat16):
-        nan = expected.isnan()
-        assert torch.equal(actual.isnan(), nan)
-        actual, expected = actual[~nan].view(torch.int16), expected[~nan].view(torch.int16)
-    elif expected.dtype == torch.float32:
-        actual, expected = actual.view(torch.int32), expected.view(torch.int32)
-    return torch.equal(actual, expected)
-
-
-def check_bits(function: Callable[..., Any], *args: Any) -> None:
-    for actual, expected in zip(*both(function, *args), strict=True):
-        assert same_bits(actual, expected)
-
-
-def with_gradient(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """function(x, …) and the gradient of x for a fixed gradient of the output."""
-
-    def call(x: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        y = function(leaf, *rest)
-        y.backward(grad)
-        return y.detach(), leaf.grad
-
-    return call
-
-
-def check_fake_quantize(function: Callable[..., Tensor], x: Tensor, *qparams: Tensor) -> None:
-    grad = torch.randn(x.shape, generator=seeded(3)).to(x.dtype)
-    check_bits(with_gradient(function), x, grad, *qparams)
-
-
-def channel_qparams(shape: tuple[int, ...], positive: bool = False) -> tuple[Tensor, Tensor]:
-    s = torch.rand(shape, generator=seeded(4)) * 0.3 + 0.01
-    low = 0 if positive else -20
-    return s, torch.randint(low, 20, shape, generator=seeded(5)).int()
 
 
 # --- straight-through ----------------------------------------------------------------------------
@@ -272,10 +185,6 @@ def test_min_max_per_channel(shape, axis, memory_format, dtype, special):
     check_bits(lambda x: ops.min_max_per_channel(x, axis), x)
 
 
-def state() -> list[Tensor]:
-    return [torch.tensor(math.inf), torch.tensor(-math.inf), scale(1.0), zero_point(0)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("quant_min", "quant_max", "symmetric"),
@@ -298,195 +207,73 @@ def test_observe_fake_quantize(quant_min, quant_max, symmetric, dtype):
     check_bits(train, *(x.to(dtype) for x in batches), *state())
 
 
-# --- learned parameters --------------------------------------------------------------------------
+# --- few values ----------------------------------------------------------------------------------
+
+# mantissa bits, least exponent, largest number
+FLOATS = [(3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0), (10, -14, 65504.0), (22, -126, 2.0**127)]
 
 
-def close(actual: Tensor, expected: Tensor, terms: int) -> bool:
-    """Of sums in double of float32 terms near 1: equal but for the rounding to float32, and for
-    cancellation, whose error in double is far below the atol."""
-    return torch.allclose(actual, expected, rtol=3e-7, atol=1e-11 * terms, equal_nan=True)
+ANY_SHAPE = [((40_961,), None, torch.contiguous_format), *CHANNEL_CASES]
+
+
+def scale_of(x: Tensor, axis: int | None) -> Tensor:
+    return torch.rand((1,) if axis is None else (x.size(axis),), generator=seeded(4)) * 3 + 0.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "axis", "memory_format"),
-    [((1_000_003,), None, torch.contiguous_format), *CHANNEL_CASES],
-    ids=str,
-)
-def test_lsq(shape, axis, memory_format, shifted, dtype):
-    x = values(shape, special=False).to(dtype).contiguous(memory_format=memory_format)
-    grad = torch.randn(shape, generator=seeded(3)).to(dtype)
-    channels = (1,) if axis is None else (x.size(axis),)
-    s = torch.rand(channels, generator=seeded(4)) * 0.5 - 0.1  # some below 0
-    z = torch.randn(channels, generator=seeded(5)) * 9 if shifted else None
-    function = torch.ops.qtoolkit.fake_quantize_lsq_backward
-
-    check_bits(lambda x, s, z: ops.fake_quantize_lsq(x, s, z, axis, -128, 127, 0.3), x, s, z)
-    args = (grad, x, s, z)
-    actual, expected = both(lambda *t: function(*t, axis, -128, 127, 0.3), *args)
-    assert same_bits(actual[0], expected[0])
-    terms = 100 * x.numel()
-    assert close(actual[1], expected[1], terms)
-    assert close(actual[2], expected[2], terms)
-    again, _ = both(lambda *t: function(*t, axis, -128, 127, 0.3), *args)
-    assert all(map(torch.equal, actual, again))
+@pytest.mark.parametrize(("shape", "axis", "memory_format"), ANY_SHAPE, ids=str)
+def test_ternary_and_binary(shape, axis, memory_format, dtype):
+    x = values(shape).to(dtype).contiguous(memory_format=memory_format)
+    s = scale_of(x, axis)
+    threshold = torch.rand(s.shape, generator=seeded(5)) * 20
+    qtoolkit = torch.ops.qtoolkit
+    check_bits(lambda x, s, t: qtoolkit.fake_quantize_ternary(x, s, t, axis), x, s, threshold)
+    check_bits(lambda x, s: qtoolkit.fake_quantize_binary_mask(x, s, axis, 9.5), x, s)
 
 
-def test_lsq_of_special_values():
-    x, grad = values((4099,)), torch.randn(4099, generator=seeded(3))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number_format", FLOATS, ids=str)
+@pytest.mark.parametrize(("shape", "axis", "memory_format"), ANY_SHAPE, ids=str)
+def test_small_floats(shape, axis, memory_format, number_format, dtype):
+    x = values(shape).to(dtype).contiguous(memory_format=memory_format)
     check_bits(
-        lambda x, g, s: torch.ops.qtoolkit.fake_quantize_lsq_backward(
-            g, x, s, None, None, 0, 255, 1.0
-        )[0],
-        *(x, grad, torch.tensor([0.25])),
+        lambda x, s: torch.ops.qtoolkit.fake_quantize_float_mask(x, s, axis, *number_format),
+        *(x, scale_of(x, axis)),
+    )
+
+
+@pytest.mark.parametrize("number_format", FLOATS, ids=str)
+@pytest.mark.parametrize("s", [1e-40, 1e-30, 3e30])
+def test_small_floats_with_extreme_scales(s, number_format):
+    tiny = values((4096,)) * 2.0 ** torch.randint(-140, 60, (4096,), generator=seeded(4))
+    check_bits(
+        lambda x, s: torch.ops.qtoolkit.fake_quantize_float_mask(x, s, None, *number_format),
+        *(tiny, torch.tensor([s])),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("alpha", [3.0, -3.0])
-def test_pact(dtype, alpha):
-    x = values((100_003,)).to(dtype)
-    grad, learned = torch.randn(x.shape, generator=seeded(3)).to(dtype), torch.tensor([alpha])
-    check_bits(lambda x, a: ops.fake_quantize_pact(x, a, 15), x, learned)
-    function = torch.ops.qtoolkit.fake_quantize_pact_backward
-    actual, expected = both(lambda g, x, a: function(g, x, a, 15), grad, x, learned)
-    assert same_bits(actual[0], expected[0])
-    assert close(actual[1], expected[1], x.numel())
-
-
-def test_gradients_of_learned_parameters_in_place():
-    x, grad = values((3, 40, 41), special=False), torch.randn(3, 40, 41, generator=seeded(3))
-    s, learned = torch.rand(40, generator=seeded(4)), torch.tensor([3.0])
-
-    def lsq(g: Tensor, x: Tensor, s: Tensor) -> Tensor:
-        g = g.clone()
-        torch.ops.qtoolkit.fake_quantize_lsq_backward_(g, x, s, None, 1, -8, 7, 1.0)
-        return g
-
-    def pact(g: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        g = g.clone()
-        torch.ops.qtoolkit.fake_quantize_pact_backward_(g, x, a, 15)
-        return g
-
-    check_bits(lsq, grad, x, s)
-    check_bits(pact, grad, x, learned)
-
-
-# --- batch norm ----------------------------------------------------------------------------------
-
-BATCH_NORM_CASES = [c for c in CHANNEL_CASES if c[1] == 1 and 0 not in c[0]]
-
-
-def batch_norm_args(shape: tuple[int, ...], memory_format, dtype, residual: bool) -> list[Any]:
-    """x, weight, bias, running_mean, running_var, residual, min_val, max_val, scale, zero_point."""
-    channels, g = shape[1], seeded(9)
-    x = (torch.randn(shape, generator=g) * 2 + 0.5).to(dtype).contiguous(memory_format=memory_format)
-    other = torch.randn(shape, generator=g).to(dtype) if residual else None
-    return [
-        *(x, torch.rand(channels, generator=g) + 0.5, torch.randn(channels, generator=g)),
-        *(torch.randn(channels, generator=g), torch.rand(channels, generator=g) + 0.5, other),
-        *state(),
-    ]
-
-
-def batch_norm(training: bool, relu: bool, averaging_constant: float, quantize: bool = True):
-    def call(x, weight, bias, mean, var, residual, low, high, s, z) -> list[Tensor]:
-        mean, var, low, high, s, z = (t.clone() for t in (mean, var, low, high, s, z))
-        known = (low, high, s, z) if quantize else (None, None, None, None)
-        result = torch.ops.qtoolkit.batch_norm_act(
-            *(x, weight, bias, mean, var, residual, training, 0.1, 1e-5),
-            *(relu, 6.0 if relu else None, *known, averaging_constant, False, 0, 255),
-        )
-        return [*result, mean, var, low, high, s, z]
-
-    return call
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("observe", [False, True])
-@pytest.mark.parametrize(("shape", "axis", "memory_format"), BATCH_NORM_CASES, ids=str)
-def test_batch_norm_act_with_given_statistics(
-    shape, axis, memory_format, observe, relu, residual, dtype
-):
-    args = batch_norm_args(shape, memory_format, dtype, residual)
-    if not observe:
-        args[-4:] = [torch.tensor(-3.0), torch.tensor(4.0), scale(0.03), zero_point(90)]
-    check_bits(batch_norm(False, relu, 0.5 if observe else 0.0), *args)
-    check_bits(batch_norm(False, relu, 0.0, quantize=False), *args)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(("shape", "axis", "memory_format"), BATCH_NORM_CASES, ids=str)
-def test_batch_norm_act_in_training(shape, axis, memory_format, relu, residual, dtype):
-    args = batch_norm_args(shape, memory_format, dtype, residual)
-    actual, expected = both(batch_norm(True, relu, 0.5), *args)
-    (y, mean, invstd, _, *known), (y_cpu, mean_cpu, invstd_cpu, _, *known_cpu) = actual, expected
-    for ours, theirs in zip([mean, invstd, *known], [mean_cpu, invstd_cpu, *known_cpu], strict=True):
-        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-6, atol=1e-6)
-    # A last bit of the statistics moves a value across the middle between two codes, if rarely.
-    step = known_cpu[4] * 1.01 + y_cpu.abs() * torch.finfo(dtype).eps
-    assert ((y.float() - y_cpu.float()).abs() <= step).all()
-    assert (y != y_cpu).float().mean() < 0.01
-    again, _ = both(batch_norm(True, relu, 0.5), *args)
-    assert all(map(torch.equal, actual, again))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("shape", "axis", "memory_format"), BATCH_NORM_CASES, ids=str)
-def test_batch_norm_act_backward(shape, axis, memory_format, masked, training, dtype):
-    x, weight, _, mean, var, grad = batch_norm_args(shape, memory_format, dtype, True)[:6]
-    mask = torch.randint(256, ((x.numel() + 7) // 8,), dtype=torch.uint8, generator=seeded(7))
-    mask = mask if masked else mask[:0]
-    function = torch.ops.qtoolkit.batch_norm_act_backward
-    args = (grad, x, weight, mean, var.rsqrt(), mask)
-    every = [True, True, True, True]
-    actual, expected = both(lambda *t: function(*t, training, every), *args)
-    # grad_x of a batch is a difference of numbers near 1 that contain the sums.
-    tolerance = max(2e-6, 2 * torch.finfo(dtype).eps)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
-    assert same_bits(actual[3], expected[3])
-    if not training:
-        assert same_bits(actual[0], expected[0])
-    again, _ = both(lambda *t: function(*t, training, every), *args)
-    assert all(map(torch.equal, actual, again))
-    only_x = [True, False, False, False]
-    check = both(lambda *t: function(*t, False, only_x), *args)
-    assert same_bits(check[0][0], check[1][0])
-
-
-# --- max pooling ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [3, 8, 64])
+@pytest.mark.parametrize("number_format", FLOATS[:3], ids=str)
+@pytest.mark.parametrize("given_scale", [None, 0.013])
 @pytest.mark.parametrize(
-    "options",
+    ("shape", "block_size"),
     [
-        ([3, 3], [2, 2], [1, 1], [1, 1], False),
-        ([2, 3], [2, 1], [0, 1], [1, 2], True),
-        ([16, 16], [1, 1], [8, 0], [1, 1], False),
-        ([3, 3], [1, 1], [1, 1], [2, 2], False),
-        ([3, 2], [3, 4], [1, 0], [1, 3], False),
+        ((5, 70), 32),
+        ((64, 512), 32),
+        ((64, 512), 16),
+        ((3, 4, 33), 8),
+        ((7,), 1),
+        ((2, 3000), 1000),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
-def test_max_pool2d_train(channels, options, memory_format):
-    x = torch.randint(-4, 4, (3, channels, 19, 18), generator=seeded()).float()
-    x[0, 0, 3, 3] = float("nan")
-    x[1, 1] = -float("inf")
-    x = x.contiguous(memory_format=memory_format)
-    check_bits(lambda x: torch.ops.qtoolkit.max_pool2d_train(x, *options), x)
-    y = ops.max_pool2d_train(x, *options)
-    grad = torch.randn(y.shape, generator=seeded(1))
-    check_bits(with_gradient(lambda x: ops.max_pool2d_train(x, *options)), x, grad)
+def test_blocks_of_small_floats(shape, block_size, given_scale, number_format, dtype):
+    function, options = torch.ops.qtoolkit.fake_quantize_block_float, (block_size, *number_format)
+    x = values(shape).to(dtype)
+    check_bits(lambda x: function(x, None, *options, "e8m0"), x)
+    tensor_scale = None if given_scale is None else torch.tensor([given_scale])
+    x = x.nan_to_num(1.0)  # a tensor's scale is of finite values
+    check_bits(lambda x, t: function(x, t, *options, "e4m3"), x, tensor_scale)
 
 
 # --- what only a GPU has -------------------------------------------------------------------------
