@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """# Benchmarks
 
-Written by `python scripts/update_benchmarks.py` from [benchmarks/results](../benchmarks/results). Everything in a table took
-turns in one run; compare ratios, as absolute times change from machine to machine.
+Written by `python scripts/update_benchmarks.py` from [benchmarks/results](../benchmarks/results).
+Everything in a table took turns in one run; compare ratios, as absolute times change from machine
+to machine.
 """
 
 

@@ -46,8 +46,11 @@ class _Workers:
         return [torch.load(file, weights_only=False) for file in files]
 
     def stop(self) -> None:
+        for tasks in self.tasks:
+            tasks.put(None)
         for process in self.processes:
-            process.kill()
+            process.join(5)
+            process.kill()  # one that hangs
             process.join()
         self.folder.cleanup()
 
@@ -85,8 +88,8 @@ def _work(rank: int, folder: str, tasks: Any, done: Any) -> None:
     torch.set_num_threads(1)
     store = Path(folder, "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    while True:
-        function, args = tasks.get()
+    while (task := tasks.get()) is not None:
+        function, args = task
         try:
             result = function(rank, *args)
         except Exception as error:
@@ -95,3 +98,4 @@ def _work(rank: int, folder: str, tasks: Any, done: Any) -> None:
         torch.save(result, Path(folder, f"{rank}.pt"))
         dist.barrier()  # nobody begins the next one before all are done
         done.put(rank)
+    dist.destroy_process_group()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from networks import Kinds, ResNet, digits, settle, trained
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qtoolkit as qt
 from qtoolkit.graph.fuse_qat import fuse_qat, unfuse_qat
@@ -155,3 +156,17 @@ def test_residuals_activations_and_layouts_of_all_kinds_train():
 def test_a_float_checkpoint_loads_into_the_fused_model():
     model = ResNet()
     prepared().load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_shows_each_batch_to_the_observers_once(reentrant):
+    x, y = digits()[0][0]
+    one, other = prepared(), prepared()
+    qt.freeze_bn(one)  # torch updates batch norms again when it recomputes
+    qt.freeze_bn(other)
+    for _ in range(2):
+        output = checkpoint(other, x.requires_grad_(), use_reentrant=reentrant)
+        nn.functional.cross_entropy(output, y).backward()
+        loss, _ = step(one, x, y)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name

@@ -155,7 +155,7 @@ class FakeQuantize(QuantizationState):
             RuntimeError: a tensor that was never observed is used in eval mode or frozen.
             TypeError, ValueError: for a tensor that cannot be observed.
         """
-        follows = self.observing and (self.training or self.is_weight)
+        follows = self.follows_data()
         # What a call quantizes with is not read from the buffers: those change in place at the
         # next call, which may come before the gradient of this one.
         parameters = self._observe(x) if follows else self._known()
@@ -165,6 +165,14 @@ class FakeQuantize(QuantizationState):
             return x  # all that came so far was NaN or Inf
         self.check_ready()
         return self._quantize(x, *parameters)
+
+    def follows_data(self) -> bool:
+        """Whether a call now takes notice of its tensor.
+
+        A backward that computes activations again (activation checkpointing) has shown them before.
+        """
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return self.observing and (self.training or self.is_weight) and not recomputing
 
     def allocate(self, x: Tensor) -> None:
         """Gives parameters and buffers the shapes that they have for tensors like x.

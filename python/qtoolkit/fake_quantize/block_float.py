@@ -22,8 +22,8 @@ class BlockFloatFakeQuantize(MeasuredFakeQuantize):
     Gradients pass unchanged. Blocks run along the dimension that a layer sums over: the channels of
     [N, C, H, W] images and convolution weights, else the last one.
 
-    Source: OCP Microscaling Formats (MX) Specification v1.0, 2023, section 6.3; NVIDIA, "Pretraining
-    Large Language Models with NVFP4", 2025, section 2.
+    Source: OCP Microscaling Formats (MX) Specification v1.0, 2023, section 6.3; NVIDIA,
+    "Pretraining Large Language Models with NVFP4", 2025, section 2.
     """
 
     kinds = ("block_float",)

@@ -53,9 +53,9 @@ class LSQFakeQuantize(LearnedFakeQuantize):
     @classmethod
     def problem(cls, spec: TensorSpec) -> str | None:
         """Symmetric unsigned formats, whose zero point is their middle, have no use here."""
-        if get_format(spec.format).kind == "integer" and spec.symmetric:
-            if not get_format(spec.format).signed:
-                return f"needs a signed format where symmetric, such as {spec.format[1:]}"
+        number = get_format(spec.format)
+        if number.kind == "integer" and spec.symmetric and not number.signed:
+            return f"needs a signed format where symmetric, such as {spec.format[1:]}"
         return super().problem(spec)
 
     @classmethod

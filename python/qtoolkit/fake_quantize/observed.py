@@ -39,8 +39,7 @@ class ObservedFakeQuantize(MeasuredFakeQuantize):
         observer = self.observer
         if not (
             type(observer) is MovingAverageMinMaxObserver
-            and self.observing
-            and self.training
+            and self.follows_data()
             and self.fake_quantizing
             and self.on_nonfinite == "skip"  # as the operator does
             and not self.is_weight

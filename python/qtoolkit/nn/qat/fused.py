@@ -113,10 +113,10 @@ def _run(
         return ops.batch_norm_act(*options)[0], False
     observer, spec = fake_quant.observer, fake_quant.spec
     assert isinstance(observer, MovingAverageMinMaxObserver)
-    observes = fake_quant.observing and fake_quant.training and observer.enabled
+    observes = fake_quant.follows_data() and observer.enabled
     if not observes:
         fake_quant.check_ready()
-    y, *_ = ops.batch_norm_act(
+    y, mean, *_ = ops.batch_norm_act(
         *options,
         observer.min_val if observes else None,
         observer.max_val if observes else None,
@@ -128,6 +128,7 @@ def _run(
         spec.quant_max,
     )
     if observes:
+        observer._checked(mean, mean)  # says so if the operator has skipped the batch
         fake_quant.note_measured()
     return y, True
 
