@@ -14,7 +14,7 @@ ruff check .
 ruff format --check .
 mypy
 if command -v clang-format >/dev/null; then
-  git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' | xargs clang-format --dry-run -Werror
+  git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
 else
   echo "clang-format not found: C++ formatting not checked"
 fi

@@ -1,176 +1,204 @@
-// Fake-quantization of float tensors on CUDA: the CPU operators' bits. scale and zero_point are
-// read on the device, so nothing waits for the GPU; their values are not checked.
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+// Fake-quantize with the straight-through gradient on CUDA: the CPU operators' bits. The values of
+// scale and zero_point are not checked, as that would wait for the GPU.
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cstdint>
+#include <optional>
+#include <tuple>
 
-#include "ops/checks.h"
-#include "ops/layout.h"
+#include "ops/cuda/fake_quantize.cuh"
 
 namespace qtoolkit::ops {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 8192;  // the threads of more go round again
+using OptionalInt = std::optional<int64_t>;
+using TensorPair = std::tuple<Tensor, Tensor>;
 
-struct Qparams {
-  const float* scale;
-  const int32_t* zero_point;
-  int32_t quant_min, quant_max;
-};
-
-struct Channel {
-  float scale, inverse, low, high;
-};
-
-__device__ Channel channel_at(const Qparams& qparams, int64_t c) {
-  const float scale = qparams.scale[c];
-  const int32_t zero_point = qparams.zero_point[c];
-  return {scale, __fdiv_rn(1.0f, scale), __int2float_rn(qparams.quant_min - zero_point),
-          __int2float_rn(qparams.quant_max - zero_point)};
-}
-
-// See core/rounding.h. The detour over int makes -0 +0, as on CPU.
-struct Forward {
-  const float* x;
-
-  __device__ float operator()(float value, const Channel& channel) const {
-    if (isnan(value)) return value;
-    float scaled = __fmul_rn(value, channel.inverse);
-    scaled = isnan(scaled) ? 0.0f : scaled;  // 0 * Inf, where 1 / scale overflows
-    scaled = fminf(fmaxf(scaled, channel.low), channel.high);
-    return __fmul_rn(__int2float_rn(__float2int_rn(scaled)), channel.scale);
-  }
-};
-
-// Elements [0, whole) four at a time, [whole, count) one by one; whole is a multiple of 4, and 0
-// where the memory is not aligned for float4.
-template <class Body>
-__global__ void per_tensor_kernel(Body body, Qparams qparams, float* y, int64_t whole,
-                                  int64_t count) {
-  const Channel channel = channel_at(qparams, 0);
-  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  const int64_t step = gridDim.x * static_cast<int64_t>(blockDim.x);
-  for (int64_t i = first; i < whole / 4; i += step) {
-    const float4 x = reinterpret_cast<const float4*>(body.x)[i];
-    reinterpret_cast<float4*>(y)[i] = {body(x.x, channel), body(x.y, channel), body(x.z, channel),
-                                       body(x.w, channel)};
-  }
-  for (int64_t i = whole + first; i < count; i += step) {
-    y[i] = body(body.x[i], channel);
-  }
-}
-
-// Index is uint32_t where count allows it: a 64-bit division costs more than the arithmetic here.
-// count + the number of threads fits in it.
-template <class Index, class Body>
-__global__ void per_channel_kernel(Body body, Qparams qparams, float* y, Index channels,
-                                   Index inner, Index count) {
-  const Index step = gridDim.x * static_cast<Index>(blockDim.x);
-  for (Index i = blockIdx.x * static_cast<Index>(blockDim.x) + threadIdx.x; i < count; i += step) {
-    const Channel channel = channel_at(qparams, i / inner % channels);
-    y[i] = body(body.x[i], channel);
-  }
-}
-
-unsigned blocks_for(int64_t units) {
-  return static_cast<unsigned>(std::min((units + kThreads - 1) / kThreads, kMostBlocks));
-}
-
-bool aligned(const float* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(float4) == 0;
-}
-
-template <class Body>
-void launch(const Body& body, const Qparams& qparams, const ChannelView& view, float* y) {
-  const int64_t count = view.outer * view.channels * view.inner;
-  if (count == 0) return;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  if (view.channels == 1) {
-    const bool vectors = aligned(body.x) && aligned(y);
-    const int64_t whole = vectors ? count - count % 4 : 0;
-    const unsigned blocks = blocks_for(vectors ? (count + 3) / 4 : count);
-    per_tensor_kernel<<<blocks, kThreads, 0, stream>>>(body, qparams, y, whole, count);
-  } else if (count < int64_t{1} << 31) {
-    per_channel_kernel<uint32_t><<<blocks_for(count), kThreads, 0, stream>>>(
-        body, qparams, y, static_cast<uint32_t>(view.channels), static_cast<uint32_t>(view.inner),
-        static_cast<uint32_t>(count));
-  } else {
-    per_channel_kernel<int64_t><<<blocks_for(count), kThreads, 0, stream>>>(
-        body, qparams, y, view.channels, view.inner, count);
-  }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// Arithmetic is float32; float16 and bfloat16 are converted before and after it.
-Tensor dense_float(const Tensor& tensor, at::MemoryFormat format) {
-  return tensor.to(at::kFloat).contiguous(format);
-}
-
-Tensor run_forward(const Tensor& x, const Qparams& qparams, const ChannelView& view) {
-  const at::MemoryFormat format = x.suggest_memory_format();
-  const Tensor dense = dense_float(x, format);
-  const Tensor y = empty_beside(x, x.sym_sizes(), at::kFloat, format);
-  launch(Forward{dense.const_data_ptr<float>()}, qparams, view, y.mutable_data_ptr<float>());
-  return y.to(x.scalar_type());
-}
-
-// Calls run(qparams, view) on x's device with checked arguments.
-template <class Run>
-Tensor with_tensor_args(const char* op, const Tensor& x, const Tensor& scale,
-                        const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-                        const Run& run) {
-  check_float(op, "x", x);
-  const CodeRange range = check_quant_range(op, quant_min, quant_max);
-  check_qparams(op, "", scale, zero_point, x);
+// y, and the mask if it is defined, of checked arguments.
+void run(const Tensor& x, const Tensor& scale, const Tensor& zero_point, OptionalInt ch_axis,
+         OptionalInt group_size, int64_t quant_min, int64_t quant_max, bool relu, const Tensor& y,
+         const Tensor& mask) {
   const c10::cuda::CUDAGuard guard(x.device());
-  return run(Qparams{scale.const_data_ptr<float>(), zero_point.const_data_ptr<int32_t>(), range.min,
-                     range.max},
-             ChannelView{1, 1, x.numel()});
-}
-
-template <class Run>
-Tensor with_channel_args(const char* op, const Tensor& x, const Tensor& scale,
-                         const Tensor& zero_point, int64_t ch_axis, int64_t quant_min,
-                         int64_t quant_max, const Run& run) {
-  check_float(op, "x", x);
-  const CodeRange range = check_quant_range(op, quant_min, quant_max);
-  ch_axis = check_ch_axis(op, x, ch_axis);
-  check_channel_qparams(op, scale, zero_point, x, x.sym_size(ch_axis));
-  const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor scales = scale.contiguous();
-  const Tensor zero_points = zero_point.contiguous();
-  return run(Qparams{scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(),
-                     range.min, range.max},
-             channel_view(x.sizes(), ch_axis, x.suggest_memory_format()));
+  const at::MemoryFormat format =
+      group_size ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
+  const Tensor dense = x.contiguous(format);
+  const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
+  const FakeQuantizeOp op{.qparams = {.scale = const_data<float>(scales),
+                                      .zero_point = const_data<int32_t>(zero_points),
+                                      .quant_min = static_cast<int32_t>(quant_min),
+                                      .quant_max = static_cast<int32_t>(quant_max)},
+                          .relu = relu};
+  ParamView view;
+  if (ch_axis) {
+    const int64_t axis = *ch_axis < 0 ? *ch_axis + x.dim() : *ch_axis;
+    view = ParamView::of(channel_view(x.sizes(), axis, format));
+  } else if (group_size) {
+    view = {x.size(-1), *group_size, scales.numel()};
+  }
+  fake_quantize_into(op, view, dense, y, mask);
 }
 
 Tensor fake_quantize_per_tensor_cuda(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                      int64_t quant_min, int64_t quant_max) {
-  return with_tensor_args("fake_quantize_per_tensor", x, scale, zero_point, quant_min, quant_max,
-                          [&](const Qparams& qparams, const ChannelView& view) {
-                            return run_forward(x, qparams, view);
-                          });
+  static const auto op =
+      find_operator<decltype(fake_quantize_per_tensor_cuda)>("qtoolkit::fake_quantize_per_tensor");
+  const Tensor y = op.redispatch(kMeta, x, scale, zero_point, quant_min, quant_max);
+  run(x, scale, zero_point, {}, {}, quant_min, quant_max, false, y, {});
+  return y;
 }
 
 Tensor fake_quantize_per_channel_cuda(const Tensor& x, const Tensor& scale,
                                       const Tensor& zero_point, int64_t ch_axis, int64_t quant_min,
                                       int64_t quant_max) {
-  return with_channel_args("fake_quantize_per_channel", x, scale, zero_point, ch_axis, quant_min,
-                           quant_max, [&](const Qparams& qparams, const ChannelView& view) {
-                             return run_forward(x, qparams, view);
-                           });
+  static const auto op = find_operator<decltype(fake_quantize_per_channel_cuda)>(
+      "qtoolkit::fake_quantize_per_channel");
+  const Tensor y = op.redispatch(kMeta, x, scale, zero_point, ch_axis, quant_min, quant_max);
+  run(x, scale, zero_point, ch_axis, {}, quant_min, quant_max, false, y, {});
+  return y;
+}
+
+Tensor fake_quantize_per_group_cuda(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                                    int64_t group_size, int64_t quant_min, int64_t quant_max) {
+  static const auto op =
+      find_operator<decltype(fake_quantize_per_group_cuda)>("qtoolkit::fake_quantize_per_group");
+  const Tensor y = op.redispatch(kMeta, x, scale, zero_point, group_size, quant_min, quant_max);
+  run(x, scale, zero_point, {}, group_size, quant_min, quant_max, false, y, {});
+  return y;
+}
+
+Tensor fake_quantize_relu_cuda(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                               int64_t quant_min, int64_t quant_max) {
+  static const auto op =
+      find_operator<decltype(fake_quantize_relu_cuda)>("qtoolkit::fake_quantize_relu");
+  const Tensor y = op.redispatch(kMeta, x, scale, zero_point, quant_min, quant_max);
+  run(x, scale, zero_point, {}, {}, quant_min, quant_max, true, y, {});
+  return y;
+}
+
+TensorPair fake_quantize_mask_cuda(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                                   OptionalInt ch_axis, OptionalInt group_size, int64_t quant_min,
+                                   int64_t quant_max, bool relu) {
+  static const auto op =
+      find_operator<decltype(fake_quantize_mask_cuda)>("qtoolkit::fake_quantize_mask");
+  const TensorPair result =
+      op.redispatch(kMeta, x, scale, zero_point, ch_axis, group_size, quant_min, quant_max, relu);
+  run(x, scale, zero_point, ch_axis, group_size, quant_min, quant_max, relu, std::get<0>(result),
+      std::get<1>(result));
+  return result;
+}
+
+// --- the gradient: y = grad where the mask's bit is 1, else 0 ------------------------------------
+
+// Of any element of its size, by its bits.
+template <class Bits>
+__global__ void __launch_bounds__(kThreads)
+    mask_gradient(const Bits* grad, const uint8_t* mask, Bits* y, int64_t count, int64_t whole) {
+  constexpr int kTiles = 4 / Share<Bits>::kWords;
+  constexpr int kSize = Word<Bits>::kSize;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t step = gridDim.x * static_cast<int64_t>(kWarps);
+  const int64_t first = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
+  for (int64_t tile = first; tile < whole; tile += kTiles * step) {
+    Share<Bits> share[kTiles];
+    uint32_t bytes[kTiles];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int64_t at = tile + t * step;
+      if (at < whole) {
+        share[t] = load_share(grad + at * kTile, lane);
+        bytes[t] = mask[at * kWarp + mask_place<Bits>(lane)];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int64_t at = tile + t * step;
+      if (at < whole) {  // the same for the whole warp
+        const uint32_t bits = byte_to_bits<Bits>(bytes[t], lane);
+#pragma unroll
+        for (int k = 0; k < kShare; ++k) {
+          Bits& value = share[t].words[k / kSize].values[k % kSize];
+          value = (bits >> k & 1u) != 0 ? value : Bits{0};
+        }
+#pragma unroll
+        for (int w = 0; w < Share<Bits>::kWords; ++w) {
+          store_word(y + at * kTile + place<Bits>(lane, w * kSize), share[t].words[w]);
+        }
+      }
+    }
+  }
+  const int64_t threads = gridDim.x * static_cast<int64_t>(kThreads);
+  for (int64_t i = whole * kTile + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+       i < count; i += threads) {
+    y[i] = (mask[i >> 3] >> (i & 7) & 1) != 0 ? grad[i] : Bits{0};
+  }
+}
+
+template <class Bits>
+void launch_mask_gradient(const Tensor& grad, const Tensor& mask, const Tensor& y) {
+  constexpr int64_t kMostBlocks = 65536;
+  const int64_t count = grad.numel();
+  const auto* from = const_data<Bits>(grad);
+  auto* to = mutable_data<Bits>(y);
+  const int64_t whole = is_aligned({from, to}) ? count / kTile : 0;
+  const int64_t tiles_of_block = kWarps * 4 / Share<Bits>::kWords;
+  const auto blocks = static_cast<unsigned>(
+      std::min(divide_up(divide_up(count, kTile), tiles_of_block), kMostBlocks));
+  mask_gradient<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      from, const_data<uint8_t>(mask), to, count, whole);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// y may be grad. Both are dense in the order of the mask.
+void apply_mask(const Tensor& grad, const Tensor& mask, const Tensor& y) {
+  if (grad.numel() == 0) return;
+  const Tensor bits = mask.contiguous();
+  if (grad.element_size() == 2) {
+    launch_mask_gradient<uint16_t>(grad, bits, y);
+  } else {
+    launch_mask_gradient<uint32_t>(grad, bits, y);
+  }
+}
+
+Tensor fake_quantize_mask_backward_cuda(const Tensor& grad, const Tensor& mask, int64_t layout) {
+  static const auto op = find_operator<decltype(fake_quantize_mask_backward_cuda)>(
+      "qtoolkit::fake_quantize_mask_backward");
+  const Tensor y = op.redispatch(kMeta, grad, mask, layout);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const auto format = format_of("fake_quantize_mask_backward", layout, grad.dim());
+  apply_mask(grad.contiguous(format), mask, y);
+  return y;
+}
+
+void fake_quantize_mask_backward_inplace_cuda(const Tensor& grad, const Tensor& mask,
+                                              int64_t layout) {
+  static const auto op = find_operator<decltype(fake_quantize_mask_backward_inplace_cuda)>(
+      "qtoolkit::fake_quantize_mask_backward_");
+  op.redispatch(kMeta, grad, mask, layout);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  apply_mask(grad, mask, grad);
 }
 
 }  // namespace
 
+void fake_quantize_into(const FakeQuantizeOp& op, const ParamView& view, const Tensor& x,
+                        const Tensor& y, const Tensor& mask) {
+  with_element_type(x, [&](auto type) {
+    using T = typename decltype(type)::type;
+    map(op, view,
+        MapArgs<T>{.x = const_data<T>(x),
+                   .y = mutable_data<T>(y),
+                   .mask_out = mask.defined() ? mutable_data<uint8_t>(mask) : nullptr,
+                   .count = x.numel()});
+  });
+}
+
 TORCH_LIBRARY_IMPL(qtoolkit, CUDA, m) {
   m.impl("fake_quantize_per_tensor", fake_quantize_per_tensor_cuda);
   m.impl("fake_quantize_per_channel", fake_quantize_per_channel_cuda);
+  m.impl("fake_quantize_per_group", fake_quantize_per_group_cuda);
+  m.impl("fake_quantize_relu", fake_quantize_relu_cuda);
+  m.impl("fake_quantize_mask", fake_quantize_mask_cuda);
+  m.impl("fake_quantize_mask_backward", fake_quantize_mask_backward_cuda);
+  m.impl("fake_quantize_mask_backward_", fake_quantize_mask_backward_inplace_cuda);
 }
 
 }  // namespace qtoolkit::ops
