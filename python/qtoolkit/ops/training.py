@@ -86,7 +86,7 @@ def batch_norm_act(
     symmetric: bool = False,
     quant_min: int = 0,
     quant_max: int = 255,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fake_quantize(act(batch_norm(x) + residual)), with the range observed on the way.
 
     The batch norm is that of Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1, with
@@ -114,9 +114,11 @@ def batch_norm_act(
         symmetric: the range is made symmetric, with the middle code as zero point.
 
     Returns:
-        y of x's shape, dtype and memory format, with a gradient for x, weight, bias and residual
-        (once: it is not differentiable twice). The gradient passes inside the activation's open
-        range and the range of the codes; for it x is kept, and one bit an element.
+        y of x's shape, dtype and memory format; mean and 1 / sqrt(var + eps), float32 [C], by which
+        x was normalized; and the mask, uint8 [ceil(x.numel() / 8)] (or [0] without activation and
+        quantization): bit i % 8 of byte i / 8 is set where the gradient of element i in y's memory
+        passes, inside the activation's open range and the range of the codes. Only y has a
+        gradient; it reaches x, weight, bias and residual, once.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -143,4 +145,4 @@ def batch_norm_act(
         symmetric,
         quant_min,
         quant_max,
-    )[0]
+    )
