@@ -39,18 +39,6 @@ def values(shape: tuple[int, ...], memory_format=torch.contiguous_format, seed=0
     return x.contiguous(memory_format=memory_format)
 
 
-def all_outputs(x: Tensor, *tensors: Tensor | None, **options) -> tuple[Tensor, ...]:
-    """What the operator gives: y, mean, invstd and mask."""
-    names = ("weight", "bias", "running_mean", "running_var", "residual")
-    defaults = {
-        "training": True, "momentum": 0.1, "eps": 1e-5, "relu": False, "upper": None,
-        "min_val": None, "max_val": None, "scale": None, "zero_point": None,
-        "averaging_constant": 0.0, "symmetric": False, "quant_min": 0, "quant_max": 255,
-    }  # fmt: skip
-    given = dict(zip(names, tensors, strict=True))
-    return torch.ops.qtoolkit.batch_norm_act(x, **given, **{**defaults, **options})
-
-
 class Layer:
     """The arguments of one call, with running statistics and a range of their own."""
 
@@ -71,12 +59,12 @@ class Layer:
         return [self.min_val, self.max_val, self.scale, self.zero_point]
 
     def __call__(self, x: Tensor, residual=None, *, observe=0.01, **options) -> Tensor:
+        return self.outputs(x, residual, observe=observe, **options)[0]
+
+    def outputs(self, x: Tensor, residual=None, *, observe=0.01, **options) -> tuple[Tensor, ...]:
         return ops.batch_norm_act(
             x, *self.batch_norm(), residual, **self.quantization(observe), **options
         )
-
-    def outputs(self, x: Tensor, residual=None, *, observe=0.01, **options) -> tuple[Tensor, ...]:
-        return all_outputs(x, *self.batch_norm(), residual, **self.quantization(observe), **options)
 
     def quantization(self, observe: float) -> dict[str, object]:
         return {
@@ -93,7 +81,7 @@ class Layer:
     def unquantized(self, x: Tensor, residual=None, **options) -> Tensor:
         """Without fake-quantize, on copies of the running statistics."""
         running = [None if t is None else t.clone() for t in self.batch_norm()[2:]]
-        return ops.batch_norm_act(x, self.weight, self.bias, *running, residual, **options)
+        return ops.batch_norm_act(x, self.weight, self.bias, *running, residual, **options)[0]
 
 
 def composition(x, weight, bias, mean, var, residual, *, training, relu, upper) -> Tensor:
@@ -134,7 +122,7 @@ def test_without_quantization_it_is_torchs(shape, memory_format, with_residual, 
         residual = values(shape, memory_format, 9) if with_residual else None
         given = values(shape, memory_format), layer.weight, layer.bias, residual
         x, weight, bias, r = leaves_of(*given)
-        y, mean, invstd, mask = all_outputs(
+        y, mean, invstd, mask = ops.batch_norm_act(
             x, weight, bias, *layer.batch_norm()[2:], r, training=training, relu=relu, upper=upper
         )
         x2, weight2, bias2, r2 = leaves_of(*given)
@@ -242,7 +230,7 @@ def test_no_affine_and_no_running_statistics():
 def test_a_large_mean_costs_no_accuracy():
     """Sums of squares in float would lose the variance."""
     x = values((8, 16, 9, 9), LAST) + 3000.0
-    _, mean, invstd, _ = all_outputs(x, *[None] * 5)
+    _, mean, invstd, _ = ops.batch_norm_act(x, *[None] * 5)
     exact = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-7, atol=0)
     expected = 1 / torch.sqrt(exact.var(1, unbiased=False) + 1e-5)
@@ -282,7 +270,7 @@ def test_a_frozen_range_is_used_as_it_is():
     plain = layer.unquantized(x)
     y = ops.batch_norm_act(
         x, *layer.batch_norm(), scale=layer.scale, zero_point=layer.zero_point
-    )  # fmt: skip
+    )[0]  # fmt: skip
     expected = ops.fake_quantize_per_tensor(plain, layer.scale, layer.zero_point, 0, 255)
     assert torch.equal(y, expected)
     assert (float(layer.scale), int(layer.zero_point)) == (pytest.approx(0.02), 7)
