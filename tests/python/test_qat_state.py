@@ -112,8 +112,10 @@ def test_deepcopy_and_pickle_go_on_as_the_original(name):
         assert torch.equal(output(other), output(qat))
 
 
-@pytest.mark.parametrize("when", ["before data", "after data"])
-@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize(
+    ("use_buffers", "when"),
+    [(False, "before data"), (True, "before data"), (True, "after data")],
+)
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_an_average_that_sees_one_model_is_that_model(name, use_buffers, when):
     qat = prepared(name)
@@ -144,7 +146,7 @@ def test_the_average_of_buffers_keeps_the_zero_point_with_its_scale():
     assert abs(int(quantizer.zero_point) - int(qat.x_fake_quantize.zero_point)) < 20
 
 
-@pytest.mark.parametrize("name", ["observed", "lsq", "lsq+", "pact", "lsq ternary", "twn", "xnor"])
+@pytest.mark.parametrize("name", ["observed", "lsq", "lsq+", "pact", "twn"])
 def test_a_compiled_model_trains_alike(name):
     class Net(nn.Module):
         def __init__(self) -> None:
