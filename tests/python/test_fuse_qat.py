@@ -41,6 +41,15 @@ def test_every_batch_norm_and_pool_of_a_resnet_is_fused():
     assert not any(name.endswith(("bn1", "bn2", "relu", "maxpool")) for name in called)
 
 
+def test_every_convolution_is_told_the_format_of_its_input():
+    """Also behind the max pooling, which only moves values."""
+    model = prepared()
+    calls = [node for node in model.graph.nodes if "conv" in str(node.target)]
+    calls = [node for node in calls if node.op == "call_module"]
+    assert len(calls) == 5
+    assert all(len(node.args) == 2 and node.args[1].op == "get_attr" for node in calls)
+
+
 def test_unfusing_gives_back_the_calls_of_the_modules():
     model = prepared()
     unfuse_qat(model)

@@ -25,9 +25,11 @@ def fuse_qat(module: fx.GraphModule) -> None:
         called = called_module(node, module)
         if isinstance(called, FakeQuantize):
             node.meta.update(node.args[0].meta)
-        if isinstance(called, Conv2d | Linear):
+        elif isinstance(called, Conv2d | Linear):
             _tell_input_format(node, module)
-        elif is_plain(called, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
+    for node in list(module.graph.nodes):
+        called = called_module(node, module)
+        if is_plain(called, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
             _replace([node], fused.max_pool2d, node.args, [str(node.target)], module)
         elif (
             node.op == "call_method"
