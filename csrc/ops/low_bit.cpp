@@ -221,7 +221,8 @@ Tensor fake_quantize_block_float_meta(const Tensor& x, const OptionalTensor& ten
   return empty_beside(x, x.sym_sizes(), x.scalar_type(), at::MemoryFormat::Contiguous);
 }
 
-// The float32 scale under which the largest |x| gets the largest block scale.
+// The float32 scale under which the largest |x|, of those that are not NaN, gets the largest block
+// scale.
 float tensor_scale_of(const Tensor& x, float max_value) {
   const float amax = at::parallel_reduce(
       0, x.numel(), kElementGrain, 0.0f,
@@ -232,7 +233,14 @@ float tensor_scale_of(const Tensor& x, float max_value) {
               float low = kInf, high = -kInf;
               kernels::min_max(
                   {.x = values - first, .inner = to, .minimum = &low, .maximum = &high}, from, to);
-              result = std::max({result, -low, high});
+              if (!std::isnan(low)) {
+                result = std::max({result, -low, high});
+                return;
+              }
+              for (int64_t i = from; i < to; ++i) {
+                const float value = std::abs(values[i - first]);
+                if (value > result) result = value;  // not where it is NaN
+              }
             });
         return result;
       },

@@ -160,6 +160,17 @@ def test_blocks_of_zeros_infinities_and_nan(name):
     torch.testing.assert_close(y[3], x[3], rtol=0.1, atol=0)
 
 
+def test_a_nan_hides_nothing_from_the_scale_of_a_tensor():
+    """Whatever part of the work it lies in."""
+    x = values(1 << 17)
+    x[5], x[7] = 9.0, float("nan")
+    args = block_args(FORMATS["nvfp4"])
+    y = ops.fake_quantize_block_float(x, None, *args)
+    x[7] = 0.0
+    expected = ops.fake_quantize_block_float(x, None, *args)
+    assert torch.equal(y[16:], expected[16:])
+
+
 def test_ternary_is_that_of_the_paper():
     """Li et al., section 3: the threshold 0.7 mean |w| and the mean of what is beyond it."""
     w = leaf(values(64, 90))
