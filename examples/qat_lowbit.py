@@ -316,6 +316,9 @@ def report(rows: list[Row], data: Data, args: argparse.Namespace, seconds: float
     print(f"\n{table}\n\n{facts}\n")
     print("\n".join(["Not reached:", *misses]) if misses else "All that is asked for holds.")
     result = {
+        "title": f"Few bits on the digits: {', '.join(NETWORKS[name].title for name in args.models)}",
+        "command": f"python examples/qat_lowbit.py --models {' '.join(args.models)} "
+        f"--seed {args.seed}",
         "facts": facts,
         "seconds": round(seconds, 1),
         "rows": [asdict(row) for row in rows],
