@@ -316,7 +316,7 @@ def report(rows: list[Row], data: Data, args: argparse.Namespace, seconds: float
     print(f"\n{table}\n\n{facts}\n")
     print("\n".join(["Not reached:", *misses]) if misses else "All that is asked for holds.")
     result = {
-        "title": f"Few bits on the digits: {', '.join(NETWORKS[name].title for name in args.models)}",
+        "title": "Few bits on the digits: " + ", ".join(NETWORKS[m].title for m in args.models),
         "command": f"python examples/qat_lowbit.py --models {' '.join(args.models)} "
         f"--seed {args.seed}",
         "facts": facts,
