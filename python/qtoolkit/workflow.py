@@ -226,7 +226,11 @@ def convert(prepared: nn.Module) -> nn.Module:
     prepared = unwrapped(prepared)
     report = get_report(prepared)
     if report is None:
-        raise ValueError("convert needs the result of qt.prepare or qt.prepare_qat")
+        message = "convert needs the result of qt.prepare or qt.prepare_qat"
+        held = [name for name, m in prepared.named_modules() if get_report(m) is not None]
+        if len(held) == 1:
+            message += f"; this {type(prepared).__name__} holds one: pass its .{held[0]}"
+        raise ValueError(message)
     if _is_converted(prepared):
         raise ValueError("convert: this model is converted already")
     with gathered(prepared):
