@@ -201,9 +201,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     dynamo = sys.modules.get("torch._dynamo")  # to import it takes a second
     compiled = () if dynamo is None else (dynamo.OptimizedModule,)
     while True:
-        if isinstance(
-            model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel
-        ):
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
         elif isinstance(model, compiled):
             model = model._orig_mod
