@@ -17,7 +17,7 @@ from qtoolkit.distributed import (
     synchronize,
     unwrapped,
 )
-from qtoolkit.fake_quantize import ON_NONFINITE
+from qtoolkit.fake_quantize import ON_NONFINITE, FakeQuantize
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer, prepare_model
@@ -204,6 +204,9 @@ def calibrate(
         for module, mode in training.items():
             module.training = mode
     synchronize(model)
+    for observer in observers:
+        if isinstance(observer, FakeQuantize):
+            observer.check_measured()
     return prepared
 
 
