@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.optim.swa_utils import AveragedModel
 
 from qtoolkit.fake_quantize import FakeQuantize, ObservedFakeQuantize
 from qtoolkit.observers import Observer
@@ -195,11 +196,12 @@ def _is_of_torch(hook: Any) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    """The model inside DistributedDataParallel, DataParallel, AveragedModel or
+    ``torch.compile``."""
     dynamo = sys.modules.get("torch._dynamo")  # to import it takes a second
     compiled = () if dynamo is None else (dynamo.OptimizedModule,)
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
         elif isinstance(model, compiled):
             model = model._orig_mod

@@ -66,6 +66,8 @@ def explain(model: nn.Module) -> Explanation:
     if report is None:
         raise ValueError("explain needs the result of qt.prepare, qt.prepare_qat or qt.convert")
     layers = []
+    # A fake-quantize module and its observer are of one tensor.
+    inner = {m.observer for m in model.modules() if isinstance(m, FakeQuantize)}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             kernel = module.kernel
@@ -75,7 +77,7 @@ def explain(model: nn.Module) -> Explanation:
                     module.source or name, type(module).__name__, module.formats(), path
                 )
             )
-        elif isinstance(module, FakeQuantize) or is_observer(module):
+        elif is_observer(module) and module not in inner:
             kind = "fake-quantize" if isinstance(module, FakeQuantize) else "observed"
             kind = "simulated" if report.converted else kind
             spec = module.spec

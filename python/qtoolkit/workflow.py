@@ -17,7 +17,7 @@ from qtoolkit.distributed import (
     synchronize,
     unwrapped,
 )
-from qtoolkit.fake_quantize import ON_NONFINITE
+from qtoolkit.fake_quantize import ON_NONFINITE, FakeQuantize
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer, prepare_model
@@ -204,6 +204,9 @@ def calibrate(
         for module, mode in training.items():
             module.training = mode
     synchronize(model)
+    for observer in observers:
+        if isinstance(observer, FakeQuantize):
+            observer.check_measured()
     return prepared
 
 
@@ -226,7 +229,11 @@ def convert(prepared: nn.Module) -> nn.Module:
     prepared = unwrapped(prepared)
     report = get_report(prepared)
     if report is None:
-        raise ValueError("convert needs the result of qt.prepare or qt.prepare_qat")
+        message = "convert needs the result of qt.prepare or qt.prepare_qat"
+        held = [name for name, m in prepared.named_modules() if get_report(m) is not None]
+        if len(held) == 1:
+            message += f"; this {type(prepared).__name__} holds one: pass its .{held[0]}"
+        raise ValueError(message)
     if _is_converted(prepared):
         raise ValueError("convert: this model is converted already")
     with gathered(prepared):

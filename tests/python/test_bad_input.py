@@ -155,3 +155,12 @@ def test_a_truncated_file_is_an_error_and_no_crash(prepared, tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(RuntimeError):
         torch.jit.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN or Inf")
+def test_calibrate_of_a_qat_model_needs_one_finite_batch(model):
+    bad = torch.full_like(X, float("nan"))
+    qat = qt.prepare_qat(model, example_inputs=(X,))
+    with pytest.raises(ValueError, match=r"conv1.*NaN or Inf"):
+        qt.calibrate(qat, [bad, bad], progress=False)
+    qt.convert(qt.calibrate(qat, [bad, X], progress=False))

@@ -89,3 +89,13 @@ def test_bad_arguments(change, error, message):
     arguments = {"student_logits": logits(4, 3), "teacher_logits": logits(4, 3)} | change
     with pytest.raises(error, match=message):
         qt.distillation_loss(**arguments)
+
+
+def test_classes_of_segmentation_are_dimension_1():
+    student, teacher = logits(2, 3, 4, 5), logits(2, 3, 4, 5, seed=1)
+    labels = torch.arange(40).reshape(2, 4, 5) % 3
+    last = (student.movedim(1, -1), teacher.movedim(1, -1), labels)
+    actual = qt.distillation_loss(student, teacher, labels, dim=1)
+    assert torch.equal(actual, qt.distillation_loss(*last))
+    with pytest.raises(ValueError, match=r"logits of shape \(2, 3, 4, 5\) .*pass dim=1"):
+        qt.distillation_loss(student, teacher, labels)

@@ -179,3 +179,11 @@ def test_activation_checkpointing_shows_each_batch_to_the_observers_once(reentra
         step(one, x, y)
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_a_bfloat16_model_trains_without_the_operator():
+    model = prepared().bfloat16()
+    x, y = digits()[0][0]
+    loss, grads = step(model, x.bfloat16(), y)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(grad).all() for grad in grads.values())

@@ -261,3 +261,34 @@ def test_a_weight_that_is_not_finite_is_an_error_in_convert():
         qat.fc.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"fc\.weight holds NaN or Inf"):
         qt.convert(qat)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("steps", [(pickled, copy.deepcopy), (copy.deepcopy, pickled, pickled)])
+@pytest.mark.parametrize("kind", ["qat", "ptq", "converted"])
+def test_copies_of_pickles_and_pickles_of_copies_stay_what_they_are(kind, steps):
+    x = digits()[0][0][0]
+    float_model = settle(ResNet(), (8, 1, 8, 8))
+    prepare = qt.prepare_qat if kind == "qat" else qt.prepare
+    model = qt.calibrate(prepare(float_model, None, (X,)), [x], progress=False)
+    model = qt.convert(model) if kind == "converted" else model
+    other = model
+    for make in steps:
+        other = make(other)
+    assert qt.explain(other) == qt.explain(model)
+    if kind != "converted":
+        assert torch.equal(qt.convert(other)(x), qt.convert(model)(x))
+    if kind == "qat":
+        qt.freeze_bn(other)
+
+
+def test_convert_takes_an_average_and_names_what_another_module_holds():
+    qat = prepared(mapping_of(A8, W8))
+    x = digits()[0][0][0]
+    qat(x)
+    assert torch.equal(qt.convert(AveragedModel(qat))(x), qt.convert(qat)(x))
+    with pytest.raises(ValueError, match=r"this Sequential holds one: pass its \.0"):
+        qt.convert(nn.Sequential(qat))

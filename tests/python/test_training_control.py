@@ -254,3 +254,10 @@ def test_a_schedule_needs_a_qat_model_and_a_step():
         SCHEDULE(trained(), 0)
     with pytest.raises(ValueError, match="steps count from 0, got -1"):
         SCHEDULE(prepared(), -1)
+
+
+def test_explain_shows_each_tensor_of_a_prepared_model_once():
+    model = prepared()
+    shown = [layer.name for layer in qt.explain(model).layers if "fake-quantize" in layer.kernel]
+    assert sorted(shown) == sorted(m.name for m in quantizers(model).values())
+    assert not any("observed" in layer.kernel for layer in qt.explain(model).layers)

@@ -264,6 +264,13 @@ class FakeQuantize(QuantizationState):
                 "or qt.calibrate(prepared, loader), or load a checkpoint of the prepared model"
             )
 
+    def check_measured(self) -> None:
+        """Raises ValueError that names the module if all its data so far was skipped as NaN or
+        Inf."""
+        warned = self._warned or (self.observer is not None and self.observer._warned)
+        if warned and not self.ready:
+            raise ValueError(self._nonfinite_message())
+
     # What a method implements.
 
     def _observe(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -43,19 +43,26 @@ class Report:
 _ATTRIBUTE = "qtoolkit_report"
 
 
+class _ReportHolder(nn.Module):
+    """Holds a report as a child of a GraphModule, whose copies and pickles keep its children."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
 def set_report(model: nn.Module, report: Report) -> None:
-    """Keeps a report with a model, through ``deepcopy`` or ``pickle``."""
-    # A GraphModule's copies keep its meta and lose its attributes; its pickles do the opposite.
-    if isinstance(model, fx.GraphModule):
-        model.meta[_ATTRIBUTE] = report
-    setattr(model, _ATTRIBUTE, report)
+    """Keeps a report with a model, through ``deepcopy`` and ``pickle`` in any order."""
+    # A GraphModule's copies lose its attributes, and its pickles lose its meta. Other modules keep
+    # attributes, and may call all children that they have.
+    is_graph = isinstance(model, fx.GraphModule)
+    setattr(model, _ATTRIBUTE, _ReportHolder(report) if is_graph else report)
 
 
 def get_report(model: nn.Module) -> Report | None:
     """The report of a prepared or converted model, None for any other."""
-    if isinstance(model, fx.GraphModule) and _ATTRIBUTE in model.meta:
-        return model.meta[_ATTRIBUTE]
-    return getattr(model, _ATTRIBUTE, None)
+    found = getattr(model, _ATTRIBUTE, None)
+    return found.report if isinstance(found, _ReportHolder) else found
 
 
 def model_inputs(batch: Any, count: int) -> tuple[Any, ...]:

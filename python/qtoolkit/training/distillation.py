@@ -15,6 +15,7 @@ def distillation_loss(
     alpha: float = 0.9,
     *,
     ignore_index: int = -100,
+    dim: int = -1,
 ) -> Tensor:
     """Knowledge distillation: the student learns the teacher's probabilities.
 
@@ -31,6 +32,7 @@ def distillation_loss(
         temperature: T, above 0; softens both distributions.
         alpha: weight of the teacher, from 0 to 1.
         ignore_index: positions with this label count in neither term.
+        dim: the axis of the classes; 1 for segmentation, [batch, classes, height, width].
 
     Returns:
         0-dim float32 (float64 for float64 logits): probabilities of 16-bit logits are computed in
@@ -51,6 +53,10 @@ def distillation_loss(
         raise ValueError(f"distillation_loss: temperature must be above 0, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"distillation_loss: alpha must be from 0 to 1, got {alpha}")
+    student_logits, teacher_logits = (
+        student_logits.movedim(dim, -1),
+        teacher_logits.movedim(dim, -1),
+    )
     classes = student_logits.shape[-1]
     student = _at_least_float32(student_logits).reshape(-1, classes)
     teacher = _at_least_float32(teacher_logits.detach()).reshape(-1, classes)
@@ -65,9 +71,11 @@ def distillation_loss(
     if labels.is_floating_point():
         raise TypeError(f"distillation_loss: labels must be class indices, got {labels.dtype}")
     if labels.shape != student_logits.shape[:-1]:
+        shape = student_logits.movedim(-1, dim).shape
+        hint = "; pass dim=1" if labels.shape == shape[:1] + shape[2:] else ""
         raise ValueError(
             f"distillation_loss: labels of shape {tuple(labels.shape)} do not fit logits of shape "
-            f"{tuple(student_logits.shape)}"
+            f"{tuple(shape)} with classes in dimension {dim}{hint}"
         )
     labels = labels.reshape(-1)
     counted = labels != ignore_index

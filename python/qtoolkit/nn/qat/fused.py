@@ -74,10 +74,17 @@ def _has_operator(
         and (add is None or _is(add, functional.Add))
         and (relu is None or _is(relu, nn.ReLU, nn.ReLU6, nn.Hardtanh))
         and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+        and _has_float32_state(batch_norm)
         and x.device.type == "cpu"
         and x.dim() == (2 if isinstance(batch_norm, BatchNorm1d) else 4)
         and x.numel() > x.size(1)
     )
+
+
+def _has_float32_state(batch_norm: Any) -> bool:
+    """False after ``model.bfloat16()``, which changes the statistics too."""
+    state = (batch_norm.weight, batch_norm.bias, batch_norm.running_mean, batch_norm.running_var)
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in state)
 
 
 def _run(
