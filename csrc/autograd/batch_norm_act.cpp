@@ -54,10 +54,10 @@ void note_change(const OptionalTensor& tensor) {
 // shares no storage with, a tensor that something else holds, and its memory is PyTorch's own.
 bool only_here(const Tensor& grad, const Tensor& x) {
   return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && grad.device().is_cpu() &&
-         grad.layout() == at::kStrided && grad.use_count() == 1 && grad.weak_use_count() == 1 &&
-         grad.storage().use_count() == 1 && grad.storage().resizable() &&
-         grad.scalar_type() == at::kFloat && x.device().is_cpu() && !at::isTensorSubclassLike(x) &&
-         grad.is_contiguous(x.suggest_memory_format());
+         grad.layout() == at::kStrided && !grad.is_neg() && !grad._is_zerotensor() &&
+         grad.use_count() == 1 && grad.weak_use_count() == 1 && grad.storage().use_count() == 1 &&
+         grad.storage().resizable() && grad.scalar_type() == at::kFloat && x.device().is_cpu() &&
+         !at::isTensorSubclassLike(x) && grad.is_contiguous(x.suggest_memory_format());
 }
 
 constexpr size_t kInputs = 19;
@@ -88,10 +88,10 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
     ctx->mark_non_differentiable({mean, invstd, mask});
     ctx->save_for_backward({x, weight.value_or(Tensor()), mean, invstd, mask});
     ctx->saved_data["training"] = training;
-    ctx->saved_data["weight"] = weight.has_value();
-    ctx->saved_data["bias"] = bias.has_value();
-    ctx->saved_data["running"] = running_mean.has_value();
-    ctx->saved_data["residual"] = residual.has_value();
+    ctx->saved_data["weight"] = weight && weight->defined();
+    ctx->saved_data["bias"] = bias && bias->defined();
+    ctx->saved_data["running"] = running_mean && running_mean->defined();
+    ctx->saved_data["residual"] = residual && residual->defined();
     return {y, mean, invstd, mask};
   }
 
@@ -153,6 +153,12 @@ struct BatchNormActBackward : torch::autograd::Function<BatchNormActBackward> {
   }
 };
 
+void check_state(const char* name, const OptionalTensor& tensor) {
+  TORCH_CHECK_VALUE(
+      !(tensor && tensor->defined() && tensor->requires_grad()), "qtoolkit::batch_norm_act: ", name,
+      " is changed in place and must not require a gradient; pass ", name, ".detach()");
+}
+
 Outputs batch_norm_act(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
                        const OptionalTensor& residual, bool training, double momentum, double eps,
@@ -160,6 +166,11 @@ Outputs batch_norm_act(const Tensor& x, const OptionalTensor& weight, const Opti
                        const OptionalTensor& max_val, const OptionalTensor& scale,
                        const OptionalTensor& zero_point, double averaging_constant, bool symmetric,
                        int64_t quant_min, int64_t quant_max) {
+  check_state("running_mean", running_mean);
+  check_state("running_var", running_var);
+  check_state("min_val", min_val);
+  check_state("max_val", max_val);
+  check_state("scale", scale);
   const variable_list r = BatchNormAct::apply(
       x, weight, bias, running_mean, running_var, residual, training, momentum, eps, relu, upper,
       min_val, max_val, scale, zero_point, averaging_constant, symmetric, quant_min, quant_max);

@@ -1,5 +1,6 @@
 // Gradients of conv2d_train. Where x and weight hold nothing but fake-quantized values, their codes
 // are kept, a quarter of the memory; the backward dequantizes them to the same bits.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -31,16 +32,22 @@ struct Kept {
   Tensor values, scale, zero_point;
 };
 
-bool can_encode(const Tensor& x, const OptionalTensor& scale) {
-  // A tensor that is traced or wrapped has no values to look at.
-  const c10::DispatchKeySet no_values({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-  return scale && scale->defined() && x.device().is_cpu() && x.scalar_type() == at::kFloat &&
-         !x.key_set().has_any(no_values) && !scale->key_set().has_any(no_values);
+// Whether the memory of a tensor can be read here: not where it is traced, wrapped or lazily
+// negated.
+bool has_values(const Tensor& tensor) {
+  return tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
+         !at::isTensorSubclassLike(tensor) && !tensor.is_neg() && !tensor._is_zerotensor() &&
+         !tensor.key_set().has(c10::DispatchKey::Functionalize);
+}
+
+bool can_encode(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& zero_point) {
+  return scale && scale->defined() && x.scalar_type() == at::kFloat && has_values(x) &&
+         has_values(*scale) && (!zero_point || has_values(*zero_point));
 }
 
 Kept keep(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& zero_point,
           CodeRange range) {
-  if (can_encode(x, scale)) {
+  if (can_encode(x, scale, zero_point)) {
     const Tensor zeros = zero_point ? *zero_point : at::zeros_like(*scale, at::kInt);
     const OptionalTensor codes = ops::exact_codes(x, *scale, zeros, range);
     // Copies: an observer changes its buffers in place at the next step.
@@ -80,7 +87,7 @@ struct Conv2dTrainFunction : torch::autograd::Function<Conv2dTrainFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(12);
     if (!grads[0].defined()) return result;
-    TORCH_CHECK(!at::GradMode::is_enabled() || !grads[0].requires_grad(),
+    TORCH_CHECK(!at::GradMode::is_enabled(),
                 "qtoolkit::conv2d_train has no second derivatives, as it keeps codes for its "
                 "backward; set keep_codes = False on the convolution (qtoolkit.nn.qat.Conv2d)");
     const variable_list saved = ctx->get_saved_variables();
@@ -113,6 +120,8 @@ Tensor conv2d_train(const Tensor& x, const Tensor& weight, const OptionalTensor&
                     const OptionalTensor& x_zero_point, int64_t x_quant_min, int64_t x_quant_max,
                     const OptionalTensor& weight_scale, int64_t weight_quant_max) {
   constexpr const char* op = "conv2d_train";
+  ops::check_code_arguments(x, x_scale, x_zero_point, x_quant_min, x_quant_max, weight,
+                            weight_scale, weight_quant_max);
   return Conv2dTrainFunction::apply(
       x, weight, bias, stride, padding, dilation, groups, constant(x_scale), x_zero_point,
       ops::check_quant_range(op, x_quant_min, x_quant_max), constant(weight_scale),

@@ -1,7 +1,7 @@
 // Operators without a gradient: their results are codes or statistics, or they are what autograd
-// functions call. Without these lines every
-// call would pass PyTorch's boxed fallback, and a float result of an input that requires a gradient
-// would claim to have one.
+// functions call. Without these lines every call would pass PyTorch's boxed fallback, and a float
+// result of an input that requires a gradient would claim to have one.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
@@ -10,10 +10,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "dequantize_per_tensor",
                            "dequantize_per_channel",
                            "fake_quantize_mask",
-                           "fake_quantize_mask_backward_",
                            "observe_fake_quantize_mask",
-                           "fake_quantize_lsq_backward_",
-                           "fake_quantize_pact_backward_",
                            "fake_quantize_binary_mask",
                            "fake_quantize_float_mask",
                            "min_max",
@@ -25,9 +22,35 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "requantize",
                            "batch_norm",
                            "max_pool2d",
+                           "max_pool2d_train_backward",
                            "avg_pool2d",
                            "adaptive_avg_pool2d",
                            "cat"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
+namespace {
+
+// Operators that write a result over their first argument: one that requires a gradient is refused,
+// and what was saved of the argument before is noticed to have changed.
+void write_over(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const size_t arguments = op.schema().arguments().size();
+  const at::Tensor changed = stack->at(stack->size() - arguments).toTensor();
+  TORCH_CHECK(!at::GradMode::is_enabled() || !changed.requires_grad(), op.schema().name(),
+              ": grad requires a gradient and would be overwritten; use the operator without _");
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  if (!changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
+  for (const char* name : {"fake_quantize_mask_backward_", "fake_quantize_lsq_backward_",
+                           "fake_quantize_pact_backward_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&write_over>());
   }
 }

@@ -46,7 +46,7 @@ struct MaxPool2dTrain : torch::autograd::Function<MaxPool2dTrain> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(6);
     if (!grads[0].defined()) return result;
-    TORCH_CHECK(!at::GradMode::is_enabled() || !grads[0].requires_grad(),
+    TORCH_CHECK(!at::GradMode::is_enabled(),
                 "qtoolkit::max_pool2d_train has no second derivatives; use "
                 "torch.nn.functional.max_pool2d for them");
     static const auto op = find<Backward>("qtoolkit::max_pool2d_train_backward");

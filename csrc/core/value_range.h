@@ -21,12 +21,13 @@ struct ValueRange {
 };
 
 // The exponential moving average of the ranges of batches; the first batch sets it. A batch that is
-// not finite changes nothing.
+// not finite changes nothing, nor does one so far away that the average would not be.
 inline ValueRange moving_average(ValueRange running, ValueRange batch, float averaging_constant) {
   if (!batch.finite()) return running;
   if (!running.seen()) return batch;
-  return {running.min + averaging_constant * (batch.min - running.min),
-          running.max + averaging_constant * (batch.max - running.max)};
+  const ValueRange average = {running.min + averaging_constant * (batch.min - running.min),
+                              running.max + averaging_constant * (batch.max - running.max)};
+  return average.finite() ? average : running;
 }
 
 struct ScaleAndZeroPoint {

@@ -111,7 +111,7 @@ bool supported(Path path) {
   if (path == Path::avx512vnni) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
   }
 #endif
   return path == Path::reference || path == Path::portable;

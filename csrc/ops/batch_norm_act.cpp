@@ -222,6 +222,13 @@ ValueRange state_of(const Quantization& q) {
   return {*q.min_val->const_data_ptr<float>(), *q.max_val->const_data_ptr<float>()};
 }
 
+// Before anything is changed.
+void check_range(ValueRange range) {
+  TORCH_CHECK_VALUE(!range.seen() || range.finite(), "qtoolkit::", kOp,
+                    ": min_val and max_val must be finite, or +Inf and -Inf before any data, got ",
+                    range.min, " and ", range.max);
+}
+
 void observe(const Quantization& q, ValueRange batch) {
   if (!batch.finite()) return;
   const ValueRange range = moving_average(state_of(q), batch, q.averaging_constant);
@@ -253,6 +260,7 @@ Outputs batch_norm_act_run(const Tensor& x, const OptionalTensor& weight,
                     ": needs more than one value for each channel in training, got ", describe(x));
   const bool quantize = quantization.scale.has_value();
   const bool observed = quantize && quantization.observed();
+  if (observed) check_range(state_of(quantization));
   if (quantize && !observed && state_of(quantization).seen()) read_scale(quantization);
 
   const bool masked = quantize || activation.relu;

@@ -3,17 +3,18 @@
 #include <ATen/ops/conv2d.h>
 #include <torch/library.h>
 
-#include "ops/checks.h"
+#include "ops/exact_codes.h"
 
 namespace qtoolkit::ops {
 namespace {
 
 Tensor conv2d_train(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                     c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                    c10::SymIntArrayRef dilation, c10::SymInt groups,
-                    const OptionalTensor& /*x_scale*/, const OptionalTensor& /*x_zero_point*/,
-                    int64_t /*x_quant_min*/, int64_t /*x_quant_max*/,
-                    const OptionalTensor& /*weight_scale*/, int64_t /*weight_quant_max*/) {
+                    c10::SymIntArrayRef dilation, c10::SymInt groups, const OptionalTensor& x_scale,
+                    const OptionalTensor& x_zero_point, int64_t x_quant_min, int64_t x_quant_max,
+                    const OptionalTensor& weight_scale, int64_t weight_quant_max) {
+  check_code_arguments(x, x_scale, x_zero_point, x_quant_min, x_quant_max, weight, weight_scale,
+                       weight_quant_max);
   return at::conv2d_symint(x, weight, bias, stride, padding, dilation, groups);
 }
 

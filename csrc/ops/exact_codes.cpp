@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "kernels/quantize.h"
@@ -49,13 +50,55 @@ Rows rows_of(const Tensor& x, const Tensor& scale) {
   return {count, count == 0 ? 0 : x.numel() / count};
 }
 
+bool valid(const Tensor& scale, const Tensor& zero_point, CodeRange range) {
+  const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
+  for (int64_t i = 0; i < scales.numel(); ++i) {
+    const float value = scales.const_data_ptr<float>()[i];
+    const int32_t offset = zero_points.const_data_ptr<int32_t>()[i];
+    const bool invertible = value > 0 && std::isfinite(value) && std::isfinite(1.0f / value);
+    if (!invertible || offset < range.min || offset > range.max) return false;
+  }
+  return true;
+}
+
+void check_scale(const char* name, const OptionalTensor& scale, const Tensor& x) {
+  constexpr const char* op = "conv2d_train";
+  if (!scale || !scale->defined()) return;
+  check_dtype(op, name, *scale, at::kFloat);
+  check_device(op, name, *scale, x);
+}
+
 }  // namespace
+
+void check_code_arguments(const Tensor& x, const OptionalTensor& x_scale,
+                          const OptionalTensor& x_zero_point, int64_t x_quant_min,
+                          int64_t x_quant_max, const Tensor& weight,
+                          const OptionalTensor& weight_scale, int64_t weight_quant_max) {
+  constexpr const char* op = "conv2d_train";
+  check_quant_range(op, x_quant_min, x_quant_max);
+  TORCH_CHECK_VALUE(weight_quant_max > 0 && weight_quant_max <= 127, "qtoolkit::", op,
+                    ": weight_quant_max must lie in [1, 127], got ", weight_quant_max);
+  check_scale("x_scale", x_scale, x);
+  check_scale("weight_scale", weight_scale, weight);
+  const bool scaled = x_scale && x_scale->defined();
+  const bool shifted = x_zero_point && x_zero_point->defined();
+  TORCH_CHECK_VALUE(scaled == shifted, "qtoolkit::", op,
+                    ": x_scale and x_zero_point come together, or both are None");
+  if (!scaled) return;
+  check_dtype(op, "x_zero_point", *x_zero_point, at::kInt);
+  check_device(op, "x_zero_point", *x_zero_point, x);
+  TORCH_CHECK_VALUE(x_scale->sym_numel() == 1 && x_zero_point->sym_numel() == 1, "qtoolkit::", op,
+                    ": x_scale and x_zero_point must have one element each, got ",
+                    describe(*x_scale), " and ", describe(*x_zero_point));
+}
 
 std::optional<Tensor> exact_codes(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                   CodeRange range) {
   const at::MemoryFormat format = x.suggest_memory_format();
   if (x.numel() == 0 || !x.is_contiguous(format)) return std::nullopt;
+  if (scale.numel() != zero_point.numel()) return std::nullopt;
   if (scale.numel() != 1 && scale.numel() != x.size(0)) return std::nullopt;
+  if (!valid(scale, zero_point, range)) return std::nullopt;
   const Tensor codes = empty_beside(x, x.sym_sizes(), range.dtype(), format);
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
   const float* from = x.const_data_ptr<float>();

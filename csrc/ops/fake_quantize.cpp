@@ -2,6 +2,7 @@
 // gradient: a mask of one bit an element is all that the backward needs.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "ops/checks.h"
@@ -43,7 +44,7 @@ void check_group_args(const char* op, const Tensor& x, const Tensor& scale,
   TORCH_CHECK_VALUE(x.dim() > 0, "qtoolkit::", op,
                     ": x has no dimensions, so no groups; use the per-tensor operator");
   c10::SymDimVector expected(x.sym_sizes().begin(), x.sym_sizes().end());
-  expected.back() = (expected.back() + (group_size - 1)) / group_size;
+  if (expected.back() != 0) expected.back() = (expected.back() - 1) / group_size + 1;
   check_qparam_tensors(op, "", scale, zero_point, x);
   const c10::SymIntArrayRef sizes(expected);
   TORCH_CHECK_VALUE(scale.sym_sizes() == sizes && zero_point.sym_sizes() == sizes, "qtoolkit::", op,
@@ -97,7 +98,7 @@ Tensor run(const Tensor& x, const Tensor& scale, const Tensor& zero_point, const
   } else if (options.group_size) {
     args.channels = scales.numel();
     args.inner = x.size(-1);
-    args.group = *options.group_size;
+    args.group = std::min(*options.group_size, std::max<int64_t>(1, args.inner));
   }
   fake_quantize_into(y, mask, x.contiguous(format), args);
   return y;

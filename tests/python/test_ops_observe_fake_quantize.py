@@ -180,3 +180,39 @@ def test_bad_arguments_are_named():
         call(x, [torch.tensor(math.nan), torch.tensor(1.0), *state[2:]])
     with pytest.raises(ValueError, match="must not require one"):
         call(x, [state[0].clone().requires_grad_(), *state[1:]])
+
+
+def test_an_average_that_would_overflow_leaves_the_range_as_it_is():
+    x = torch.tensor([2e38, 3e38])
+    for operator in ("observe", "batch_norm"):
+        low, high = torch.tensor(-3e38), torch.tensor(0.0)
+        scale, zero_point = torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+        if operator == "observe":
+            ops.observe_fake_quantize(x, low, high, scale, zero_point, 0.5, 0, 255, False)
+        else:
+            ones = torch.ones(1)
+            ops.batch_norm_act(
+                x.view(2, 1), ones, torch.tensor([2.5e38]), torch.zeros(1), ones * 1e38, None,
+                False, 0.1, 1e-5, False, None, low, high, scale, zero_point, 0.5,
+            )  # fmt: skip
+        assert (low.item(), high.item()) == (torch.tensor(-3e38).item(), 0.0)
+
+
+def test_a_gradient_written_in_place_is_a_new_version():
+    grad = torch.ones(8)
+    product = (a := torch.ones(8, requires_grad=True)) * grad
+    torch.ops.qtoolkit.fake_quantize_mask_backward_(grad, torch.zeros(1, dtype=torch.uint8), 0)
+    assert grad._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with pytest.raises(RuntimeError, match="would be overwritten"):
+        torch.ops.qtoolkit.fake_quantize_mask_backward_(a, torch.zeros(1, dtype=torch.uint8), 0)
+
+
+def test_state_that_requires_a_gradient_is_refused():
+    scale = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match="scale is changed in place"):
+        ops.batch_norm_act(
+            torch.randn(4, 2), None, None, None, None, scale=scale,
+            zero_point=torch.zeros(1, dtype=torch.int32),
+        )  # fmt: skip

@@ -398,3 +398,12 @@ def test_the_profiler_sees_memory_in_huge_pages():
         del y
     sizes = [event.self_cpu_memory_usage for event in profile.key_averages()]
     assert max(sizes) >= 2 * HUGE
+
+
+def test_a_group_larger_than_the_axis_is_one_group():
+    x = torch.randn(2, 5)
+    scale, zero_point = torch.full((2, 1), 0.1), torch.zeros(2, 1, dtype=torch.int32)
+    expected = ops.fake_quantize_per_group(x, scale, zero_point, 5, -8, 7)
+    assert torch.equal(
+        ops.fake_quantize_per_group(x, scale, zero_point, 2**63 - 1, -8, 7), expected
+    )

@@ -165,3 +165,64 @@ def test_module_falls_back_to_floats_for_second_derivatives():
     (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
     grad.square().sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_conv_has_no_gradient_penalty_with_a_constant_gradient_either():
+    x = grid(1, 4, 5, 5).requires_grad_()
+    weight, scale, _ = conv_case(x)
+    y = ops.conv2d_train(x, weight.requires_grad_(), None, [1, 1], [1, 1], [1, 1], 1, SCALE,
+                         ZERO_POINT, 0, 255, scale, 127)  # fmt: skip
+    with pytest.raises(RuntimeError, match="keep_codes = False"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_conv_of_a_lazily_negated_input_has_torchs_gradients():
+    x = torch._neg_view(grid(2, 4, 9, 10))
+    weight, scale, _ = conv_case(x)
+    weight.requires_grad_()
+    y = ops.conv2d_train(x, weight, None, [1, 1], [1, 1], [1, 1], 1, SCALE, ZERO_POINT, 0, 255,
+                         scale, 127)  # fmt: skip
+    expected = functional.conv2d(x, weight, None, 1, 1)
+    (grad,) = torch.autograd.grad(y.square().sum(), weight)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), weight)
+    assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x_scale": torch.ones(4)}, ValueError, "one element each"),
+        ({"x_zero_point": None}, ValueError, "come together"),
+        ({"x_scale": torch.ones(1).double()}, TypeError, "x_scale must be"),
+        ({"x_quant_max": 300}, ValueError, "quant_min and quant_max"),
+        ({"weight_quant_max": -(2**63)}, ValueError, "weight_quant_max"),
+        ({"weight_scale": torch.ones(8).half()}, TypeError, "weight_scale must be"),
+    ],
+)
+def test_conv_refuses_formats_that_cannot_be(requires_grad, changed, error, message):
+    x = grid(1, 4, 5, 5).requires_grad_(requires_grad)
+    weight, scale, _ = conv_case(x)
+    formats = {
+        "x_scale": SCALE,
+        "x_zero_point": ZERO_POINT,
+        "x_quant_min": 0,
+        "x_quant_max": 255,
+        "weight_scale": scale,
+        "weight_quant_max": 127,
+    }
+    with pytest.raises(error, match=message):
+        ops.conv2d_train(
+            x, weight, None, [1, 1], [1, 1], [1, 1], 1, *{**formats, **changed}.values()
+        )
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-45])
+def test_conv_keeps_floats_where_the_scale_is_none(scale):
+    x = grid(1, 4, 5, 5)
+    weight, _, _ = conv_case(x)
+    weight.requires_grad_()
+    y = ops.conv2d_train(x, weight, None, [1, 1], [1, 1], [1, 1], 1, torch.tensor(scale),
+                         ZERO_POINT, 0, 255, None, 127)  # fmt: skip
+    expected = functional.conv2d(x, weight, None, 1, 1)
+    assert torch.equal(*(torch.autograd.grad(v.sum(), weight)[0] for v in (y, expected)))
