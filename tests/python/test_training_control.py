@@ -63,6 +63,13 @@ def test_a_layer_s_name_stands_for_its_weight_and_its_float_input():
     assert not model.x_fake_quantize.fake_quantizing
 
 
+def test_the_value_of_a_fused_relu_is_known_by_the_relu_s_name():
+    model = prepared()
+    qt.disable_fake_quant(model, "relu")
+    off = {name for name, m in quantizers(model).items() if not m.fake_quantizing}
+    assert off == {"relu_fake_quantize"}
+
+
 def test_a_model_with_fake_quantization_off_computes_in_float():
     model = prepared()
     x = digits()[1][0][0]

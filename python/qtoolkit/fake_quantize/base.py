@@ -341,10 +341,13 @@ class FakeQuantize(QuantizationState):
 
     def _nonfinite_message(self) -> str:
         of = f" {self.name!r}" if self.name else ""
-        return (
-            f"fake-quantize{of}: the data holds NaN or Inf; check the input of this module (a NaN "
-            "in the batch, or an overflow in a layer before it)"
+        advice = (
+            "lower the learning rate, or look for NaN in the gradients"
+            if self.is_weight
+            else "check the input of this module (a NaN in the batch, or an overflow in a layer "
+            "before it)"
         )
+        return f"fake-quantize{of}: the data holds NaN or Inf; {advice}"
 
     def _accepts(self, x: Tensor) -> bool:
         """Whether x is finite; if not, raises or warns as `on_nonfinite` says. Waits for x."""

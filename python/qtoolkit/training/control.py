@@ -15,6 +15,8 @@ from qtoolkit.qconfig import matches_name
 
 # A model to be quantized names the values that float layers give it "conv1 (input)".
 _INPUT = " (input)"
+# The module that quantizes the value of a layer, or of a ReLU that is fused into one.
+_CHILD = "_fake_quantize"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -125,7 +127,7 @@ def qat_models(model: nn.Module, function: str) -> list[nn.Module]:
 
 def _fake_quantizers(function: str, model: nn.Module, pattern: str) -> Iterator[FakeQuantize]:
     found = [
-        (module, [module.name.removesuffix(_INPUT), name], root)
+        (module, [module.name.removesuffix(_INPUT), name, name.removesuffix(_CHILD)], root)
         for root in qat_models(model, function)
         for name, module in root.named_modules()
         if isinstance(module, FakeQuantize)
