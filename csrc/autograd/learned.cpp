@@ -44,7 +44,6 @@ bool may_overwrite(const Tensor& grad, const Tensor& x) {
 }
 
 // --- LSQ
-// ------------------------------------------------------------------------------------------
 
 struct LsqFunction : torch::autograd::Function<LsqFunction> {
   static constexpr bool is_traceable = true;
@@ -123,7 +122,6 @@ TensorTriple fake_quantize_lsq_backward(const Tensor& grad, const Tensor& x, con
 }
 
 // --- PACT
-// -----------------------------------------------------------------------------------------
 
 struct PactFunction : torch::autograd::Function<PactFunction> {
   static constexpr bool is_traceable = true;

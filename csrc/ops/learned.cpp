@@ -219,7 +219,6 @@ Tensor gradient_of(const Tensor& learned, const std::vector<double>& values) {
 }
 
 // --- LSQ
-// ------------------------------------------------------------------------------------------
 
 Tensor fake_quantize_lsq_meta(const Tensor& x, const Tensor& scale,
                               const OptionalTensor& zero_point, std::optional<int64_t> ch_axis,
@@ -330,7 +329,6 @@ TensorPair fake_quantize_lsq_backward_inplace_cpu(const Tensor& grad, const Tens
 }
 
 // --- PACT
-// -----------------------------------------------------------------------------------------
 
 Tensor fake_quantize_pact_meta(const Tensor& x, const Tensor& alpha, int64_t quant_max) {
   check_pact(kPact, x, alpha, quant_max);

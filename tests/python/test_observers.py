@@ -404,3 +404,13 @@ def test_a_registered_observer_is_available_by_name(monkeypatch):
         @register_observer("unit")
         class Other(Observer):
             pass
+
+
+def test_an_average_that_would_overflow_leaves_the_range_as_it_is():
+    observer = MovingAverageMinMaxObserver(averaging_constant=0.5)
+    observed(observer, torch.tensor([-3e38, 0.0]))
+    before = observer.min_val.clone(), observer.max_val.clone()
+    observed(observer, torch.tensor([2e38, 3e38]))
+    assert (observer.min_val, observer.max_val) == before
+    observed(observer, torch.tensor([-1.0, 1.0]))
+    assert (observer.min_val.item(), observer.max_val.item()) == (before[0].item() / 2, 0.5)

@@ -16,7 +16,7 @@ class MovingAverageMinMaxObserver(Observer):
     """Averages the least and greatest value of each batch exponentially.
 
     The first batch sets the range; each later one moves it by `averaging_constant` of the
-    difference.
+    difference. One so far away that the average would overflow changes nothing.
 
     Args:
         spec: how the tensor is quantized.
@@ -49,9 +49,14 @@ class MovingAverageMinMaxObserver(Observer):
         # Chosen on the device, as a branch on the state would wait for it.
         first = self.min_val == float("inf")
         skipped = (min_val == float("inf")) & (max_val == float("-inf"))
-        for running, batch in ((self.min_val, min_val), (self.max_val, max_val)):
-            average = running + self.averaging_constant * (batch - running)
-            average = torch.where(first, batch, average)
+        states = (self.min_val, self.max_val)
+        averages = [
+            torch.where(first, batch, running + self.averaging_constant * (batch - running))
+            for running, batch in zip(states, (min_val, max_val))
+        ]
+        # A batch so far away that the average overflows changes nothing.
+        skipped = skipped | ~(averages[0].isfinite() & averages[1].isfinite())
+        for running, average in zip(states, averages):
             running.copy_(torch.where(skipped, running, average))
 
     @classmethod
