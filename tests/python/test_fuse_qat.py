@@ -174,7 +174,7 @@ def test_activation_checkpointing_shows_each_batch_to_the_observers_once(reentra
     qt.freeze_bn(one)  # torch updates batch norms again when it recomputes
     qt.freeze_bn(other)
     for _ in range(2):
-        output = checkpoint(other, x.requires_grad_(), use_reentrant=reentrant)
+        output = checkpoint(other, x.clone().requires_grad_(), use_reentrant=reentrant)
         nn.functional.cross_entropy(output, y).backward()
         step(one, x, y)
     for name, value in one.state_dict().items():
