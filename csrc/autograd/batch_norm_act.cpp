@@ -3,18 +3,15 @@
 #include "ops/batch_norm_act.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "autograd/straight_through.h"
 
 namespace qtoolkit::autograd {
 namespace {
 
-using at::Tensor;
 using ops::BatchNormGradients;
 using ops::OptionalTensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 using Forward = Outputs(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -31,17 +28,13 @@ using Backward = BatchNormGradients(const Tensor& grad, const Tensor& x,
 
 template <class... Args>
 Outputs call_forward(const Args&... args) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("qtoolkit::batch_norm_act", "")
-                             .typed<Forward>();
+  static const auto op = find<Forward>("qtoolkit::batch_norm_act");
   return op.call(args...);
 }
 
 template <class... Args>
 BatchNormGradients call_backward(const Args&... args) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("qtoolkit::batch_norm_act_backward", "")
-                             .typed<Backward>();
+  static const auto op = find<Backward>("qtoolkit::batch_norm_act_backward");
   return op.call(args...);
 }
 
@@ -50,14 +43,11 @@ void note_change(const OptionalTensor& tensor) {
   if (tensor && !tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
 }
 
-// Whether nobody but the caller can ever look at the memory of a gradient: it is no view of, and
-// shares no storage with, a tensor that something else holds, and its memory is PyTorch's own.
-bool only_here(const Tensor& grad, const Tensor& x) {
-  return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && grad.device().is_cpu() &&
-         grad.layout() == at::kStrided && !grad.is_neg() && !grad._is_zerotensor() &&
-         grad.use_count() == 1 && grad.weak_use_count() == 1 && grad.storage().use_count() == 1 &&
-         grad.storage().resizable() && grad.scalar_type() == at::kFloat && x.device().is_cpu() &&
-         !at::isTensorSubclassLike(x) && grad.is_contiguous(x.suggest_memory_format());
+// Whether the gradient of x may take the place of grad.
+bool may_overwrite(const Tensor& grad, const Tensor& x) {
+  return nobody_else_sees(grad) && grad.device().is_cpu() && grad.scalar_type() == at::kFloat &&
+         x.device().is_cpu() && !at::isTensorSubclassLike(x) &&
+         grad.is_contiguous(x.suggest_memory_format());
 }
 
 constexpr size_t kInputs = 19;
@@ -117,7 +107,7 @@ struct BatchNormAct : torch::autograd::Function<BatchNormAct> {
     output_mask[3] = residual && !unmasked;
     if (residual && unmasked) result[5] = grad;
     const auto [grad_x, grad_weight, grad_bias, grad_residual] =
-        only_here(grad, x)
+        may_overwrite(grad, x)
             ? ops::batch_norm_act_backward(grad, x, weight, mean, invstd, mask, training,
                                            output_mask, true)
             : call_backward(grad, x, weight, mean, invstd, mask, training, output_mask);

@@ -1,24 +1,19 @@
 // Gradients of conv2d_train. Where x and weight hold nothing but fake-quantized values, their codes
 // are kept, a quarter of the memory; the backward dequantizes them to the same bits.
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "autograd/straight_through.h"
 #include "ops/exact_codes.h"
 
 namespace qtoolkit::autograd {
 namespace {
 
-using at::Tensor;
 using ops::CodeRange;
 using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
 
 using Conv2dTrain = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
@@ -68,9 +63,7 @@ struct Conv2dTrainFunction : torch::autograd::Function<Conv2dTrainFunction> {
                           const OptionalTensor& x_zero_point, CodeRange x_range,
                           const OptionalTensor& weight_scale, CodeRange weight_range) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("qtoolkit::conv2d_train", "")
-                               .typed<Conv2dTrain>();
+    static const auto op = find<Conv2dTrain>("qtoolkit::conv2d_train");
     const Kept kept_x = keep(x, x_scale, x_zero_point, x_range);
     const Kept kept_weight = keep(weight, weight_scale, std::nullopt, weight_range);
     ctx->save_for_backward({kept_x.values, kept_x.scale, kept_x.zero_point, kept_weight.values,

@@ -120,11 +120,13 @@ Tensor fake_quantize_mask_backward(const Tensor& grad, const Tensor& mask, int64
 
 }  // namespace
 
-// The rule by which PyTorch itself adds gradients in place (torch/csrc/autograd/input_buffer.cpp).
+// The rule by which PyTorch itself adds gradients in place (torch/csrc/autograd/input_buffer.cpp);
+// besides, the memory is PyTorch's own (not numpy's, say) and holds the values as they are.
 bool nobody_else_sees(const Tensor& grad) {
   return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && !grad._is_zerotensor() &&
-         !grad.is_nested() && grad.has_storage() && at::caching::adjusted_use_count(grad) == 1 &&
-         grad.storage().use_count() == 1;
+         !grad.is_neg() && !grad.is_nested() && grad.has_storage() &&
+         at::caching::adjusted_use_count(grad) == 1 && grad.weak_use_count() == 1 &&
+         grad.storage().use_count() == 1 && grad.storage().resizable();
 }
 
 void save_mask(AutogradContext* ctx, const Tensor& mask, int64_t layout) {

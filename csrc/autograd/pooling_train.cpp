@@ -1,17 +1,12 @@
 // Gradient of max_pool2d_train.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "autograd/straight_through.h"
+
 namespace qtoolkit::autograd {
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
 
 using Forward = std::tuple<Tensor, Tensor>(const Tensor& x, at::IntArrayRef kernel_size,
                                            at::IntArrayRef stride, at::IntArrayRef padding,
@@ -19,11 +14,6 @@ using Forward = std::tuple<Tensor, Tensor>(const Tensor& x, at::IntArrayRef kern
 using Backward = Tensor(const Tensor& grad, const Tensor& taps, at::IntArrayRef kernel_size,
                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                         c10::SymInt height, c10::SymInt width);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 struct MaxPool2dTrain : torch::autograd::Function<MaxPool2dTrain> {
   static variable_list forward(AutogradContext* ctx, const Variable& x, at::IntArrayRef kernel_size,

@@ -1,5 +1,5 @@
-// What the autograd functions with a straight-through gradient share: a mask of one bit an element,
-// and how it is applied.
+// What the autograd functions share: finding operators, when a gradient may be overwritten, and the
+// straight-through gradient, a mask of one bit an element.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

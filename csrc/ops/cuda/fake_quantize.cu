@@ -2,6 +2,8 @@
 // scale and zero_point are not checked, as that would wait for the GPU.
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include <optional>
 #include <tuple>
 
@@ -32,7 +34,8 @@ void run(const Tensor& x, const Tensor& scale, const Tensor& zero_point, Optiona
     const int64_t axis = *ch_axis < 0 ? *ch_axis + x.dim() : *ch_axis;
     view = ParamView::of(channel_view(x.sizes(), axis, format));
   } else if (group_size) {
-    view = {x.size(-1), *group_size, scales.numel()};
+    const int64_t length = x.size(-1);
+    view = {length, std::min(*group_size, std::max<int64_t>(1, length)), scales.numel()};
   }
   fake_quantize_into(op, view, dense, y, mask);
 }

@@ -50,8 +50,12 @@ struct RangeState {
     float minimum = *min_val, maximum = *max_val;
     if (isfinite(batch.minimum) && isfinite(batch.maximum)) {
       const bool first = minimum == kInf;
-      minimum = first ? batch.minimum : average(minimum, batch.minimum);
-      maximum = first ? batch.maximum : average(maximum, batch.maximum);
+      const float low = first ? batch.minimum : average(minimum, batch.minimum);
+      const float high = first ? batch.maximum : average(maximum, batch.maximum);
+      if (isfinite(low) && isfinite(high)) {
+        minimum = low;
+        maximum = high;
+      }
     }
     if (minimum == kInf) return;  // still nothing known
     *min_val = minimum;
