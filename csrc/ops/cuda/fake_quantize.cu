@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-
 #include <optional>
 #include <tuple>
 
