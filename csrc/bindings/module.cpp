@@ -40,7 +40,7 @@ std::vector<std::string> names_of(const std::vector<Path>& paths) {
 
 std::vector<std::string> cpu_paths() {
   std::vector<Path> paths;
-  for (const Path path : {Path::reference, Path::portable, Path::avx2, Path::avx512vnni}) {
+  for (const Path path : kernels::all_paths()) {
     if (kernels::supported(path)) paths.push_back(path);
   }
   return names_of(paths);

@@ -1,3 +1,9 @@
+#if defined(__linux__)
+#include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <array>
 #include <atomic>
 #include <stdexcept>
@@ -9,8 +15,8 @@
 namespace qtoolkit::kernels {
 namespace {
 
-constexpr std::array kPathNames = {std::string_view("reference"), std::string_view("portable"),
-                                   std::string_view("avx2"), std::string_view("avx512vnni")};
+constexpr std::array<std::string_view, 7> kPathNames = {
+    "reference", "portable", "neondot", "avx2", "avxvnni", "avx512vnni", "amx"};
 
 constexpr std::array kKernelNames = {
 #define QT_KERNEL(kernel, Args) std::string_view(#kernel),
@@ -47,19 +53,13 @@ const Line& choose(Kernel kernel) {
   const int wanted = forced.load();
   const Line* best = nullptr;
   for (const Line& line : kLines) {
-    if (line.kernel != kernel) continue;
-    if (wanted >= 0) {
-      if (line.path == static_cast<Path>(wanted)) return line;
-      continue;
-    }
-    if (line.path == Path::reference || !supported(line.path)) continue;
+    if (line.kernel != kernel || !supported(line.path)) continue;
+    if (wanted == static_cast<int>(line.path)) return line;
+    if (line.path == Path::reference) continue;
+    if (wanted >= 0 && line.path > static_cast<Path>(wanted)) continue;
     if (best == nullptr || line.path > best->path) best = &line;
   }
-  if (best == nullptr) {
-    throw std::invalid_argument("kernel '" + std::string(name(kernel)) + "' has no path '" +
-                                std::string(kPathNames.at(static_cast<size_t>(wanted))) + "'");
-  }
-  return *best;
+  return *best;  // every kernel has a portable path
 }
 
 AnyFunction select(Kernel kernel) {
@@ -84,6 +84,23 @@ size_t index_of(const Names& names, std::string_view wanted, const char* what) {
                               "'; known: " + known);
 }
 
+#if defined(__x86_64__)
+// Linux saves the tiles' state only for a process that asked for it.
+bool may_use_amx() {
+#if defined(__linux__)
+  static const bool granted = [] {
+    constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 std::string_view name(Path path) { return kPathNames[static_cast<size_t>(path)]; }
@@ -102,19 +119,36 @@ std::vector<Kernel> all_kernels() {
   return result;
 }
 
+std::vector<Path> all_paths() {
+  std::vector<Path> result;
+  for (size_t i = 0; i < kPathNames.size(); ++i) result.push_back(static_cast<Path>(i));
+  return result;
+}
+
 bool supported(Path path) {
+  switch (path) {
+    case Path::reference:
+    case Path::portable:
+      return true;
 #if defined(__x86_64__)
-  // These built-ins also ask the operating system whether it saves the wide registers.
-  if (path == Path::avx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  }
-  if (path == Path::avx512vnni) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
-  }
+    // These built-ins also ask the operating system whether it saves the wide registers.
+    case Path::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    case Path::avxvnni:
+      return supported(Path::avx2) && __builtin_cpu_supports("avxvnni");
+    case Path::avx512vnni:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
+    case Path::amx:
+      return supported(Path::avx512vnni) && may_use_amx();
+#elif defined(__aarch64__) && defined(__linux__)
+    case Path::neondot:
+      return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
-  return path == Path::reference || path == Path::portable;
+    default:
+      return false;
+  }
 }
 
 std::vector<Path> paths_of(Kernel kernel) {

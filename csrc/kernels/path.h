@@ -10,7 +10,9 @@ namespace qtoolkit::kernels {
 
 // In order of preference, the best last. `reference` is the scalar truth and is never chosen by
 // itself; `portable` runs everywhere.
-enum class Path : uint8_t { reference, portable, avx2, avx512vnni };
+// `neondot` is Arm with the dot-product instructions; `avxvnni` is the 256-bit form of the VNNI
+// instructions, on CPUs without AVX-512; `amx` is avx512vnni with int8 matrix tiles.
+enum class Path : uint8_t { reference, portable, neondot, avx2, avxvnni, avx512vnni, amx };
 
 enum class Kernel : uint8_t {
 #define QT_KERNEL(kernel, Args) kernel,
@@ -26,6 +28,7 @@ Path path_of(std::string_view name);
 Kernel kernel_of(std::string_view name);
 
 std::vector<Kernel> all_kernels();
+std::vector<Path> all_paths();
 
 // True if this CPU (and operating system) can run the path.
 bool supported(Path path);
@@ -37,9 +40,10 @@ std::vector<Path> paths_of(Kernel kernel);
 // supported one.
 Path selected_path(Kernel kernel);
 
-// Makes every kernel take this path (process-wide), nullopt ends it. A kernel without that path
-// then throws std::invalid_argument, as does a path this CPU cannot run. For tests and benchmarks:
-// no kernel may run meanwhile, its choice of the old path could outlast the call.
+// Makes every kernel take this path (process-wide), and one without it the best of those before it
+// in the order above; nullopt ends it. Throws std::invalid_argument for a path this CPU cannot run.
+// For tests and benchmarks: no kernel may run meanwhile, its choice of the old path could outlast
+// the call.
 void force_path(std::optional<Path> path);
 
 // The path of the kernel's latest call in this process, nullopt before the first.

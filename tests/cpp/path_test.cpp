@@ -18,7 +18,7 @@ bool has(Kernel kernel, Path path) {
 }
 
 TEST(Path, NamesGoBothWays) {
-  for (Path path : {Path::reference, Path::portable, Path::avx2, Path::avx512vnni}) {
+  for (Path path : all_paths()) {
     EXPECT_EQ(path_of(name(path)), path);
   }
   EXPECT_EQ(name(Path::avx512vnni), "avx512vnni");
@@ -32,7 +32,7 @@ TEST(Path, UnknownNamesListTheKnownOnes) {
     FAIL() << "no exception";
   } catch (const std::invalid_argument& error) {
     EXPECT_NE(std::string(error.what()).find("'sse9'"), std::string::npos) << error.what();
-    EXPECT_NE(std::string(error.what()).find("reference, portable, avx2"), std::string::npos)
+    EXPECT_NE(std::string(error.what()).find("reference, portable, neondot"), std::string::npos)
         << error.what();
   }
   try {
@@ -89,7 +89,7 @@ TEST(Path, LastPathIsTheOneThatRan) {
 }
 
 TEST(Path, ForcingAnUnsupportedPathIsAnError) {
-  for (Path path : {Path::avx2, Path::avx512vnni}) {
+  for (Path path : all_paths()) {
     if (supported(path)) continue;
     try {
       force_path(path);
@@ -101,14 +101,19 @@ TEST(Path, ForcingAnUnsupportedPathIsAnError) {
   }
 }
 
-TEST(Path, CallingAKernelWithoutTheForcedPathIsAnError) {
-  for (Kernel kernel : all_kernels()) {
-    for (Path path : {Path::avx2, Path::avx512vnni}) {
-      if (!supported(path) || has(kernel, path)) continue;
-      force_path(path);
-      EXPECT_THROW(selected_path(kernel), std::invalid_argument) << name(kernel);
-      force_path(std::nullopt);
+TEST(Path, AKernelWithoutTheForcedPathTakesTheBestBeforeIt) {
+  for (Path forced : all_paths()) {
+    if (!supported(forced)) continue;
+    force_path(forced);
+    for (Kernel kernel : all_kernels()) {
+      const Path selected = selected_path(kernel);
+      EXPECT_LE(selected, forced) << name(kernel);
+      for (Path path : runnable_paths(kernel)) {
+        EXPECT_TRUE(path <= selected || path > forced) << name(kernel) << ": " << name(path);
+      }
+      EXPECT_EQ(has(kernel, forced), selected == forced) << name(kernel);
     }
+    force_path(std::nullopt);
   }
 }
 

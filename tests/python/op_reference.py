@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtoolkit import _C
 
-PATHS = ["reference", "portable", "avx2", "avx512vnni"]
+PATHS = ["reference", "portable", "avx2", "avxvnni", "avx512vnni", "amx"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -21,7 +21,7 @@ PACKAGE = Path(qt.__file__).parent
 # The build folder of this Python and PyTorch, named as in setup.py.
 BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__.split('+')[0]}"
 OBJECTS = BUILD / "CMakeFiles" / "qtoolkit_kernels.dir" / "csrc" / "kernels" / "cpu"
-PATHS = ["avx2", "avx512vnni"]
+PATHS = ["avx2", "avxvnni", "avx512vnni", "amx"]
 
 
 def output_of(*command: object) -> str:
