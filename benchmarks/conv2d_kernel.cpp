@@ -149,10 +149,14 @@ void report(const Layer& layer) {
   args.multiplier = multiplier.data();
   args.y = y.data();
   args.y_pixel_stride = layer.out;
+  args.y_row_stride = layer.size * args.y_pixel_stride;
+  args.y_image_stride = layer.size * args.y_row_stride;
   args.zero_point = 128;
   if (layer.residual) {
     args.residual = residual.data();
     args.residual_pixel_stride = layer.out;
+    args.residual_row_stride = args.y_row_stride;
+    args.residual_image_stride = args.y_image_stride;
     args.residual_zero_point = 90;
     args.residual_multiplier = 0.3f;
   }

@@ -61,13 +61,15 @@ struct Conv2dArgs {
   const float* multiplier = nullptr;  // [padded_channels()]
 
   Conv2dOutput output = Conv2dOutput::codes;
-  void* y = nullptr;           // NHWC, [pixels, groups * out_channels], uint8/int8 codes or float32
-  int64_t y_pixel_stride = 0;  // elements
+  // NHWC, groups * out_channels side by side in a pixel, uint8/int8 codes or float32. Strides are
+  // in elements; without gaps a row is out_width * y_pixel_stride and an image out_height rows.
+  void* y = nullptr;
+  int64_t y_image_stride = 0, y_row_stride = 0, y_pixel_stride = 0;
   int32_t zero_point = 0, lo = 0, hi = 255;  // codes
   bool relu = false;                         // float32 only; with codes ReLU is in lo
 
   const void* residual = nullptr;  // like y, codes; nullptr if absent
-  int64_t residual_pixel_stride = 0;
+  int64_t residual_image_stride = 0, residual_row_stride = 0, residual_pixel_stride = 0;
   bool residual_signed = false;
   int32_t residual_zero_point = 0;
   float residual_multiplier = 0.0f;

@@ -7,10 +7,28 @@
 
 namespace qtoolkit::kernels {
 
-// Writes one output: `pixel` counts output pixels row by row, `channel` goes over all groups.
-static inline void store_conv2d_output(const Conv2dArgs& args, int64_t pixel, int64_t channel,
+// Where an output pixel lies, in elements from the first one of y and of the residual.
+struct Conv2dPlace {
+  int64_t y, residual;
+};
+
+static inline Conv2dPlace conv2d_place(const Conv2dArgs& args, int64_t image, int64_t row,
+                                       int64_t column) {
+  return {image * args.y_image_stride + row * args.y_row_stride + column * args.y_pixel_stride,
+          image * args.residual_image_stride + row * args.residual_row_stride +
+              column * args.residual_pixel_stride};
+}
+// The same for a pixel counted row by row over all images.
+static inline Conv2dPlace conv2d_place(const Conv2dArgs& args, int64_t pixel) {
+  const Conv2dShape& s = args.shape;
+  const int64_t row = pixel / s.out_width;
+  return conv2d_place(args, row / s.out_height, row % s.out_height, pixel % s.out_width);
+}
+
+// Writes one output; `channel` goes over all groups.
+static inline void store_conv2d_output(const Conv2dArgs& args, Conv2dPlace place, int64_t channel,
                                        int32_t acc, float multiplier) {
-  const int64_t index = pixel * args.y_pixel_stride + channel;
+  const int64_t index = place.y + channel;
   float value = static_cast<float>(acc) * multiplier;
   if (args.output == Conv2dOutput::float32) {
     if (args.relu && value < 0.0f) value = 0.0f;
@@ -18,7 +36,7 @@ static inline void store_conv2d_output(const Conv2dArgs& args, int64_t pixel, in
     return;
   }
   if (args.residual != nullptr) {
-    const int64_t from = pixel * args.residual_pixel_stride + channel;
+    const int64_t from = place.residual + channel;
     const int32_t code = args.residual_signed
                              ? int32_t{static_cast<const int8_t*>(args.residual)[from]}
                              : int32_t{static_cast<const uint8_t*>(args.residual)[from]};
@@ -30,11 +48,11 @@ static inline void store_conv2d_output(const Conv2dArgs& args, int64_t pixel, in
 }
 
 // The same for `channels` consecutive channels.
-static inline void store_conv2d_outputs(const Conv2dArgs& args, int64_t pixel, int64_t channel,
+static inline void store_conv2d_outputs(const Conv2dArgs& args, Conv2dPlace place, int64_t channel,
                                         int64_t channels, const int32_t* acc,
                                         const float* multiplier) {
   for (int64_t i = 0; i < channels; ++i) {
-    store_conv2d_output(args, pixel, channel + i, acc[i], multiplier[i]);
+    store_conv2d_output(args, place, channel + i, acc[i], multiplier[i]);
   }
 }
 

@@ -1,4 +1,6 @@
 // Pooling of 8-bit codes in NHWC. Units of work are output rows, flat over batch * out_height.
+// Strides are in bytes; a row's pixels lie side by side, `channels` bytes each. Borders that the
+// strides leave around an image are neither read nor written.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +13,10 @@ struct MaxPool2dArgs {
   const uint8_t* x = nullptr;
   uint8_t* y = nullptr;
   bool is_signed = false;
-  int64_t height = 0, width = 0, channels = 0;  // input
+  int64_t channels = 0;
   int64_t out_height = 0, out_width = 0;
+  int64_t x_row_stride = 0, x_image_stride = 0;
+  int64_t y_row_stride = 0, y_image_stride = 0;
   const int64_t* row_begin = nullptr;  // [out_height]
   const int64_t* row_end = nullptr;
   int64_t row_step = 1;
@@ -29,8 +33,10 @@ struct AvgPool2dArgs {
   const uint8_t* x = nullptr;
   uint8_t* y = nullptr;
   bool x_signed = false;
-  int64_t height = 0, width = 0, channels = 0;
+  int64_t channels = 0;
   int64_t out_height = 0, out_width = 0;
+  int64_t x_row_stride = 0, x_image_stride = 0;
+  int64_t y_row_stride = 0, y_image_stride = 0;
   const int64_t* row_begin = nullptr;
   const int64_t* row_end = nullptr;
   const int64_t* column_begin = nullptr;

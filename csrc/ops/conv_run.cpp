@@ -141,6 +141,10 @@ void run_conv2d(const Conv2dArgs& args, const ConvImages& images, bool depthwise
     own.x_row_stride = source.row_bytes();
     own.x_pixel_stride = images.channels;
     const int64_t skip = call * most * shape.pixels();
+    own.y_row_stride = shape.out_width * args.y_pixel_stride;
+    own.y_image_stride = shape.out_height * own.y_row_stride;
+    own.residual_row_stride = shape.out_width * args.residual_pixel_stride;
+    own.residual_image_stride = shape.out_height * own.residual_row_stride;
     const int64_t y_bytes = args.output == kernels::Conv2dOutput::codes ? 1 : sizeof(float);
     own.y = static_cast<uint8_t*>(args.y) + skip * args.y_pixel_stride * y_bytes;
     if (args.residual != nullptr) {

@@ -17,8 +17,8 @@ struct ConvImages {
   uint8_t border = 0;  // the unsigned code of zero
 };
 
-// `args` is complete but for x and its strides, and describes the first image; y and the residual
-// of the others follow without gaps.
+// `args` is complete but for x, its strides, and the row and image strides of y and of the
+// residual, which have no gaps; it describes the first image.
 void run_conv2d(const kernels::Conv2dArgs& args, const ConvImages& images, bool depthwise);
 
 }  // namespace qtoolkit::ops

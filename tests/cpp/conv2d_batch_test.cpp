@@ -25,12 +25,13 @@ struct Batch {
   int64_t images, height, width;              // of the output
   int64_t groups, in_channels, out_channels;  // channels per group
   int64_t kernel, stride;
-  int64_t gap;  // bytes between images
+  int64_t gap;         // bytes between images of the input
+  int64_t border = 0;  // elements between output rows, and three times as many between images
 
   std::string name() const {
     std::string text;
     for (int64_t part :
-         {images, height, width, groups, in_channels, out_channels, kernel, stride, gap}) {
+         {images, height, width, groups, in_channels, out_channels, kernel, stride, gap, border}) {
       text += (text.empty() ? "" : "_") + std::to_string(part);
     }
     return text;
@@ -52,7 +53,12 @@ class Problem {
         packed_(shape_.packed_bytes()),
         offset_(shape_.padded_channels()),
         multiplier_(shape_.padded_channels()),
-        residual_(shape_.pixels() * out_channels()) {
+        y_row_(batch.width * out_channels() + batch.border),
+        y_image_(batch.height * y_row_ + 3 * batch.border),
+        residual_row_(y_row_ + batch.border),
+        residual_image_(batch.height * residual_row_ + batch.border),
+        y_size_(batch.images * y_image_ - 4 * batch.border),
+        residual_(batch.images * residual_image_ - 3 * batch.border) {
     std::mt19937 random(23);
     for (uint8_t& code : x_) code = static_cast<uint8_t>(random());
     for (int8_t& code : weight_) code = static_cast<int8_t>(random());
@@ -75,11 +81,15 @@ class Problem {
     args_.packed = packed_.data();
     args_.offset = offset_.data();
     args_.multiplier = multiplier_.data();
+    args_.y_image_stride = y_image_;
+    args_.y_row_stride = y_row_;
     args_.y_pixel_stride = out_channels();
     args_.zero_point = 121;
     if (output == Output::float32) args_.output = Conv2dOutput::float32;
     if (output == Output::codes_with_residual) {
       args_.residual = residual_.data();
+      args_.residual_image_stride = residual_image_;
+      args_.residual_row_stride = residual_row_;
       args_.residual_pixel_stride = out_channels();
       args_.residual_zero_point = 130;
       args_.residual_multiplier = 0.37f;
@@ -91,12 +101,11 @@ class Problem {
     GuardedBuffer<uint8_t> y(y_bytes(), 0xa5);
     Conv2dArgs args = args_;
     args.shape.images = 1;
-    args.x_image_stride = 0;
+    args.x_image_stride = args.y_image_stride = args.residual_image_stride = 0;
     for (int64_t n = 0; n < shape_.images; ++n) {
-      const int64_t skip = n * args.shape.pixels() * out_channels();
       args.x = args_.x + n * image_stride_;
-      args.y = y.data() + skip * element();
-      if (args_.residual != nullptr) args.residual = residual_.data() + skip;
+      args.y = y.data() + n * y_image_ * element();
+      if (args_.residual != nullptr) args.residual = residual_.data() + n * residual_image_;
       conv2d(args, 0, conv2d_units(args.shape));
     }
     return y;
@@ -131,7 +140,7 @@ class Problem {
   int64_t channels() const { return shape_.groups * shape_.in_channels; }
   int64_t out_channels() const { return shape_.groups * shape_.out_channels; }
   int64_t element() const { return args_.output == Conv2dOutput::float32 ? 4 : 1; }
-  int64_t y_bytes() const { return residual_.size() * element(); }
+  int64_t y_bytes() const { return y_size_ * element(); }
 
   Conv2dShape shape_;
   int64_t row_bytes_, image_stride_;
@@ -139,6 +148,7 @@ class Problem {
   GuardedBuffer<int8_t> weight_, packed_;
   GuardedBuffer<int32_t> offset_;
   GuardedBuffer<float> multiplier_;
+  int64_t y_row_, y_image_, residual_row_, residual_image_, y_size_;
   GuardedBuffer<uint8_t> residual_;
   Conv2dArgs args_;
 };
@@ -146,11 +156,15 @@ class Problem {
 // Maps smaller than a tile, of a tile's size and larger, so that tiles hold pixels of up to
 // fourteen images, end with an image and end within a row.
 constexpr Batch kBatches[] = {
-    // images, height, width, groups, in, out, kernel, stride, gap
-    {32, 1, 1, 1, 8, 33, 3, 1, 0}, {29, 1, 1, 1, 5, 16, 1, 1, 3}, {9, 2, 2, 1, 16, 64, 3, 1, 0},
-    {5, 2, 3, 1, 3, 17, 3, 2, 7},  {4, 4, 4, 1, 8, 40, 3, 1, 0},  {3, 3, 5, 2, 4, 9, 3, 1, 11},
-    {3, 7, 7, 1, 8, 32, 3, 2, 0},  {2, 3, 14, 1, 5, 8, 1, 1, 5},  {2, 5, 16, 1, 4, 33, 1, 2, 0},
-    {2, 1, 9, 3, 3, 5, 2, 1, 64},
+    // images, height, width, groups, in, out, kernel, stride, gap, border
+    {32, 1, 1, 1, 8, 33, 3, 1, 0},     {29, 1, 1, 1, 5, 16, 1, 1, 3},
+    {9, 2, 2, 1, 16, 64, 3, 1, 0},     {5, 2, 3, 1, 3, 17, 3, 2, 7},
+    {4, 4, 4, 1, 8, 40, 3, 1, 0},      {3, 3, 5, 2, 4, 9, 3, 1, 11},
+    {3, 7, 7, 1, 8, 32, 3, 2, 0},      {2, 3, 14, 1, 5, 8, 1, 1, 5},
+    {2, 5, 16, 1, 4, 33, 1, 2, 0},     {2, 1, 9, 3, 3, 5, 2, 1, 64},
+    {9, 2, 2, 1, 16, 64, 3, 1, 0, 17}, {4, 4, 4, 1, 8, 40, 3, 1, 0, 40},
+    {3, 7, 7, 1, 8, 32, 3, 2, 0, 64},  {2, 3, 14, 2, 5, 8, 1, 1, 5, 3},
+    {17, 1, 1, 1, 8, 33, 1, 1, 0, 1},
 };
 
 class Conv2dBatch : public ::testing::TestWithParam<std::tuple<Batch, Path>> {};

@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
+#include "guarded_buffer.h"
 #include "kernels/path.h"
 #include "paths.h"
 
@@ -56,13 +58,50 @@ std::string text(const Case& c, int options) {
          std::to_string(options);
 }
 
+// Where images lie in memory: each with `border` pixels around it.
+struct Layout {
+  Layout(int64_t height, int64_t width, int64_t channels, int64_t border)
+      : row_stride((width + 2 * border) * channels),
+        image_stride((height + 2 * border) * row_stride),
+        first(border * (row_stride + channels)),
+        inside((height - 1) * row_stride + width * channels) {}
+  // To the last byte inside the last border.
+  int64_t size(int64_t images) const { return first + (images - 1) * image_stride + inside; }
+
+  int64_t row_stride, image_stride;
+  int64_t first, inside;  // of an image: offset of its first byte, and bytes from there to its last
+};
+
+// Images of random codes, with a page that cannot be touched after the last.
+struct Input {
+  Input(const Case& c, int64_t border, Random& random)
+      : layout(c.rows.size, c.columns.size, c.channels, border), codes(layout.size(c.batch)) {
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random.bits());
+  }
+  const uint8_t* first() const { return codes.data() + layout.first; }
+
+  Layout layout;
+  testing::GuardedBuffer<uint8_t> codes;
+};
+
 template <class Args>
-Args args_of(const Case& c, const Windows& rows, const Windows& columns,
-             const std::vector<uint8_t>& x) {
+Layout output_layout(const Args& args, int64_t border) {
+  return {args.out_height, args.out_width, args.channels, border};
+}
+
+template <class Args>
+void set_output(Args& args, const Layout& layout, uint8_t* y) {
+  args.y = y + layout.first;
+  args.y_row_stride = layout.row_stride;
+  args.y_image_stride = layout.image_stride;
+}
+
+template <class Args>
+Args args_of(const Case& c, const Windows& rows, const Windows& columns, const Input& x) {
   Args args;
-  args.x = x.data();
-  args.height = c.rows.size;
-  args.width = c.columns.size;
+  args.x = x.first();
+  args.x_row_stride = x.layout.row_stride;
+  args.x_image_stride = x.layout.image_stride;
   args.channels = c.channels;
   args.out_height = rows.count();
   args.out_width = columns.count();
@@ -74,25 +113,28 @@ Args args_of(const Case& c, const Windows& rows, const Windows& columns,
 }
 
 template <class Function, class Args>
-std::vector<uint8_t> output(Path path, Kernel kernel, Function* function, Args args, int64_t size,
-                            int64_t begin, int64_t end) {
-  Guarded<uint8_t> y(size, 1);
-  args.y = y.data();
+std::vector<uint8_t> output(Path path, Kernel kernel, Function* function, Args args,
+                            const Layout& layout, int64_t batch, int64_t begin, int64_t end) {
+  Guarded<uint8_t> y(layout.size(batch), 1);
+  set_output(args, layout, y.data());
   run_on(path, kernel, [&] { function(args, begin, end); });
   return y.bytes();
 }
 
-// Fails where the path's bytes differ from the reference's, on all rows and on some.
+// Fails where the path's bytes differ from the reference's, on all rows and on some, with and
+// without a border around the output (which then is compared too).
 template <class Function, class Args>
 void expect_reference_bits(Path path, Kernel kernel, Function* function, const Args& args,
                            int64_t batch, const std::string& text) {
   const int64_t rows = batch * args.out_height;
-  const int64_t size = rows * args.out_width * args.channels;
   const int64_t cuts[][2] = {{0, rows}, {rows / 3, rows - rows / 5}, {rows / 2, rows / 2}};
-  for (const auto& cut : cuts) {
-    EXPECT_EQ(output(path, kernel, function, args, size, cut[0], cut[1]),
-              output(Path::reference, kernel, function, args, size, cut[0], cut[1]))
-        << text;
+  for (int64_t border : {0, 2}) {
+    const Layout layout = output_layout(args, border);
+    for (const auto& [begin, end] : cuts) {
+      EXPECT_EQ(output(path, kernel, function, args, layout, batch, begin, end),
+                output(Path::reference, kernel, function, args, layout, batch, begin, end))
+          << text << ", border " << border;
+    }
   }
 }
 
@@ -101,11 +143,10 @@ void for_each_max_pool(Check check) {
   Random random(1);
   for (const Case& c : kCases) {
     const Windows rows(c.rows), columns(c.columns);
-    const std::vector<uint8_t> x =
-        random.codes(c.batch * c.rows.size * c.columns.size * c.channels);
-    for (int options = 0; options < 2; ++options) {
+    for (int options = 0; options < 4; ++options) {
+      const Input x(c, options / 2, random);
       auto args = args_of<MaxPool2dArgs>(c, rows, columns, x);
-      args.is_signed = options != 0;
+      args.is_signed = options % 2 != 0;
       args.row_step = rows.step;
       args.column_step = columns.step;
       check(args, c, text(c, options));
@@ -128,12 +169,11 @@ void for_each_avg_pool(Check check) {
   for (Case c : kCases) {
     c.rows.dilation = c.columns.dilation = 1;
     const Windows rows(c.rows), columns(c.columns);
-    const std::vector<uint8_t> x =
-        random.codes(c.batch * c.rows.size * c.columns.size * c.channels);
     for (const Output& output : outputs) {
-      for (int options = 0; options < 2; ++options) {
+      for (int options = 0; options < 4; ++options) {
+        const Input x(c, options / 2, random);
         auto args = args_of<AvgPool2dArgs>(c, rows, columns, x);
-        args.x_signed = options != 0;
+        args.x_signed = options % 2 != 0;
         args.row_divisor = rows.divisor.data();
         args.column_divisor = columns.divisor.data();
         args.multiplier = output.multiplier;
@@ -168,8 +208,9 @@ std::vector<int64_t> window(const Args& args, const Case& c, bool is_signed, int
     for (int64_t b = 0; b < c.columns.kernel; ++b) {
       const int64_t h = i * c.rows.stride - c.rows.padding + a * c.rows.dilation;
       const int64_t w = j * c.columns.stride - c.columns.padding + b * c.columns.dilation;
-      if (h < 0 || h >= args.height || w < 0 || w >= args.width) continue;
-      const uint8_t code = args.x[((n * args.height + h) * args.width + w) * c.channels + channel];
+      if (h < 0 || h >= c.rows.size || w < 0 || w >= c.columns.size) continue;
+      const uint8_t code =
+          args.x[n * args.x_image_stride + h * args.x_row_stride + w * c.channels + channel];
       values.push_back(is_signed ? static_cast<int8_t>(code) : code);
     }
   }
@@ -194,8 +235,9 @@ void expect_everywhere(const Args& args, const Case& c, const std::vector<uint8_
 
 TEST(MaxPool2dReference, IsTheMaximumOfTheWindow) {
   for_each_max_pool([&](MaxPool2dArgs args, const Case& c, const std::string& text) {
-    std::vector<uint8_t> y(c.batch * args.out_height * args.out_width * c.channels);
-    args.y = y.data();
+    const Layout layout = output_layout(args, 0);
+    std::vector<uint8_t> y(layout.size(c.batch));
+    set_output(args, layout, y.data());
     run_on(Path::reference, Kernel::max_pool2d,
            [&] { max_pool2d(args, 0, c.batch * args.out_height); });
     const auto largest = [](const std::vector<int64_t>& values) {
@@ -208,8 +250,9 @@ TEST(MaxPool2dReference, IsTheMaximumOfTheWindow) {
 TEST(AvgPool2dReference, IsTheRoundedMeanOfTheWindow) {
   for_each_avg_pool([&](AvgPool2dArgs args, Case c, const std::string& text) {
     c.rows.dilation = c.columns.dilation = 1;
-    std::vector<uint8_t> y(c.batch * args.out_height * args.out_width * c.channels);
-    args.y = y.data();
+    const Layout layout = output_layout(args, 0);
+    std::vector<uint8_t> y(layout.size(c.batch));
+    set_output(args, layout, y.data());
     run_on(Path::reference, Kernel::avg_pool2d,
            [&] { avg_pool2d(args, 0, c.batch * args.out_height); });
     const double divisor = static_cast<double>(c.rows.kernel * c.columns.kernel);
@@ -226,12 +269,18 @@ TEST(AvgPool2dReference, IsTheRoundedMeanOfTheWindow) {
   });
 }
 
+// A row of four codes in windows of two.
+const Case kRowOfFour = {1, 1, {1, 1, 1, 0, 1}, {4, 2, 2, 0, 1}};
+
 TEST_P(MaxPool2d, ComparesSignedCodesAsSigned) {
   const std::vector<uint8_t> x = {0x80, 0x01, 0x7F, 0xFF};  // -128, 1, 127, -1 or 128, 1, 127, 255
-  const Windows rows({1, 1, 1, 0, 1}), columns({4, 2, 2, 0, 1});
-  auto args = args_of<MaxPool2dArgs>({1, 1, {1, 1, 1, 0, 1}, {4, 2, 2, 0, 1}}, rows, columns, x);
+  const Windows rows(kRowOfFour.rows), columns(kRowOfFour.columns);
+  Random random(3);
+  Input input(kRowOfFour, 0, random);
+  std::copy(x.begin(), x.end(), input.codes.begin());
+  auto args = args_of<MaxPool2dArgs>(kRowOfFour, rows, columns, input);
   std::vector<uint8_t> y(2);
-  args.y = y.data();
+  set_output(args, output_layout(args, 0), y.data());
   run_on(GetParam(), Kernel::max_pool2d, [&] { max_pool2d(args, 0, 1); });
   EXPECT_EQ(y, (std::vector<uint8_t>{0x80, 0xFF}));
   args.is_signed = true;
@@ -241,15 +290,18 @@ TEST_P(MaxPool2d, ComparesSignedCodesAsSigned) {
 
 TEST_P(AvgPool2d, HandComputedValues) {
   const std::vector<uint8_t> x = {10, 13, 14, 255};
-  const Windows rows({1, 1, 1, 0, 1}), columns({4, 2, 2, 0, 1});
-  auto args = args_of<AvgPool2dArgs>({1, 1, {1, 1, 1, 0, 1}, {4, 2, 2, 0, 1}}, rows, columns, x);
+  const Windows rows(kRowOfFour.rows), columns(kRowOfFour.columns);
+  Random random(4);
+  Input input(kRowOfFour, 0, random);
+  std::copy(x.begin(), x.end(), input.codes.begin());
+  auto args = args_of<AvgPool2dArgs>(kRowOfFour, rows, columns, input);
   args.row_divisor = rows.divisor.data();
   args.column_divisor = columns.divisor.data();
   args.x_zero_point = 10;
   args.zero_point = 1;
   args.hi = 100;
   std::vector<uint8_t> y(2);
-  args.y = y.data();
+  set_output(args, output_layout(args, 0), y.data());
   run_on(GetParam(), Kernel::avg_pool2d, [&] { avg_pool2d(args, 0, 1); });
   EXPECT_EQ(y, (std::vector<uint8_t>{3, 100}));  // (0 + 3) / 2 = 1.5, to even 2; (4 + 245) / 2
 }

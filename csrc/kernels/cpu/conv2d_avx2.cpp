@@ -96,8 +96,9 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
       }
     }
     for (int64_t p = 0; p < pixels; ++p) {
-      store_outputs(args, first_pixel + p, group * s.out_channels + first_channel, channels,
-                    acc + p * kChannelBlock, args.multiplier + block * kChannelBlock);
+      store_outputs(args, conv2d_place(args, first_pixel + p),
+                    group * s.out_channels + first_channel, channels, acc + p * kChannelBlock,
+                    args.multiplier + block * kChannelBlock);
     }
   }
 }

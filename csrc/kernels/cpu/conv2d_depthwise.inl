@@ -27,7 +27,8 @@ inline __attribute__((always_inline)) void depthwise_pixel(const Conv2dArgs& arg
       w += s.groups;
     }
   }
-  store_outputs(args, row * s.out_width + column, channel, lanes, acc, args.multiplier + channel);
+  store_outputs(args, conv2d_place(args, 0, row, column), channel, lanes, acc,
+                args.multiplier + channel);
 }
 
 }  // namespace

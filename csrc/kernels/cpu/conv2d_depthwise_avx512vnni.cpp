@@ -201,14 +201,15 @@ enum class Output { codes, codes_with_residual, codes_with_nan, float32 };
 
 template <Output kOutput>
 inline __attribute__((always_inline)) void store(const Conv2dArgs& args, const Block& block,
-                                                 int64_t pixel, int64_t channel,
+                                                 int64_t row, int64_t column, int64_t channel,
                                                  const Vectors& acc) {
-  const int64_t to = pixel * args.y_pixel_stride + channel;
+  const Conv2dPlace place = conv2d_place(args, 0, row, column);
+  const int64_t to = place.y + channel;
   if (kOutput == Output::float32) {
     return store_float(args, block, acc, static_cast<float*>(args.y) + to);
   }
   const uint8_t* residual = static_cast<const uint8_t*>(args.residual);
-  if (residual != nullptr) residual += pixel * args.residual_pixel_stride + channel;
+  if (residual != nullptr) residual += place.residual + channel;
   __m512i codes;
   if (kOutput == Output::codes) {
     codes = codes_of<false, false>(block, acc, residual);
@@ -226,10 +227,10 @@ void run_row(const Conv2dArgs& args, const Block& block, int64_t row, int64_t ch
   const Conv2dShape& s = args.shape;
   const uint8_t* x = args.x + row * s.stride_height * args.x_row_stride + channel;
   const int64_t step = s.stride_width * args.x_pixel_stride;
-  for (int64_t pixel = row * s.out_width; pixel < (row + 1) * s.out_width; ++pixel, x += step) {
+  for (int64_t column = 0; column < s.out_width; ++column, x += step) {
     Vectors acc;
     accumulate<kWhole>(block, x, acc);
-    store<kOutput>(args, block, pixel, channel, acc);
+    store<kOutput>(args, block, row, column, channel, acc);
   }
 }
 
@@ -265,8 +266,7 @@ void run_row_by_columns(const Conv2dArgs& args, const Block& block, int64_t row,
     add_column(current, column, weight[1], current);
     add_column(block.offset, column, weight[0], next);
   }
-  const int64_t end = (row + 1) * s.out_width;
-  for (int64_t pixel = row * s.out_width; pixel < end; ++pixel) {
+  for (int64_t pixel = 0; pixel < s.out_width; ++pixel) {
     if (kStride == 2) {
       next_column(column);
       add_column(current, column, weight[1], current);
@@ -279,7 +279,7 @@ void run_row_by_columns(const Conv2dArgs& args, const Block& block, int64_t row,
     } else {
       add_column(block.offset, column, weight[0], current);
     }
-    store<kOutput>(args, block, pixel, channel, done);
+    store<kOutput>(args, block, row, pixel, channel, done);
   }
 }
 

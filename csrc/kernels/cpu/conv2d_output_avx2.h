@@ -40,24 +40,24 @@ static inline void store_eight_codes(const Conv2dArgs& args, __m256 value, const
 }
 
 // One pixel's outputs at `channels` channels of a block.
-static inline void store_outputs(const Conv2dArgs& args, int64_t pixel, int64_t channel,
+static inline void store_outputs(const Conv2dArgs& args, Conv2dPlace place, int64_t channel,
                                  int64_t channels, const int32_t* acc, const float* multiplier) {
   int64_t lane = 0;
   for (; lane + 8 <= channels; lane += 8) {
     const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acc + lane));
     const __m256 value =
         _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_loadu_ps(multiplier + lane));
-    const int64_t to = pixel * args.y_pixel_stride + channel + lane;
+    const int64_t to = place.y + channel + lane;
     if (args.output == Conv2dOutput::float32) {
       store_eight_floats(args, value, static_cast<float*>(args.y) + to);
       continue;
     }
     const uint8_t* residual = static_cast<const uint8_t*>(args.residual);
-    if (residual != nullptr) residual += pixel * args.residual_pixel_stride + channel + lane;
+    if (residual != nullptr) residual += place.residual + channel + lane;
     store_eight_codes(args, value, residual, static_cast<uint8_t*>(args.y) + to);
   }
   for (; lane < channels; ++lane) {
-    store_conv2d_output(args, pixel, channel + lane, acc[lane], multiplier[lane]);
+    store_conv2d_output(args, place, channel + lane, acc[lane], multiplier[lane]);
   }
 }
 

@@ -45,8 +45,8 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
                          w, s.run_quads(), acc);
         }
       }
-      store_conv2d_outputs(args, pixel, group * s.out_channels + first_channel, channels, acc,
-                           args.multiplier + block * kChannelBlock);
+      store_conv2d_outputs(args, conv2d_place(args, pixel), group * s.out_channels + first_channel,
+                           channels, acc, args.multiplier + block * kChannelBlock);
     }
   }
 }

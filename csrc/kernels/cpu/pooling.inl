@@ -7,11 +7,10 @@ namespace {
 template <class Args, class Tap>
 inline void for_each_tap(const Args& args, const uint8_t* x, int64_t i, int64_t j, int64_t row_step,
                          int64_t column_step, Tap tap) {
-  const int64_t row_stride = args.width * args.channels;
   const int64_t row_bytes = (args.column_end[j] - args.column_begin[j]) * args.channels;
   x += args.column_begin[j] * args.channels;
-  const uint8_t* end = x + args.row_end[i] * row_stride;
-  for (x += args.row_begin[i] * row_stride; x < end; x += row_step * row_stride) {
+  const uint8_t* end = x + args.row_end[i] * args.x_row_stride;
+  for (x += args.row_begin[i] * args.x_row_stride; x < end; x += row_step * args.x_row_stride) {
     for (int64_t at = 0; at < row_bytes; at += column_step * args.channels) tap(x + at);
   }
 }
@@ -27,8 +26,8 @@ struct MaxPixel {
     constexpr int64_t kVectors = kLanes / kBytes;
     using Codes [[gnu::vector_size(kBytes)]] = Code;
     Codes largest[kVectors];
-    const int64_t first = args.row_begin[i] * args.width + args.column_begin[j];
-    __builtin_memcpy(largest, x + first * args.channels, kLanes);
+    const int64_t first = args.row_begin[i] * args.x_row_stride;
+    __builtin_memcpy(largest, x + first + args.column_begin[j] * args.channels, kLanes);
     for_each_tap(args, x, i, j, args.row_step, args.column_step, [&](const uint8_t* tap) {
       Codes codes[kVectors];
       __builtin_memcpy(codes, tap, kLanes);
@@ -72,9 +71,9 @@ template <int64_t kLanes, class Pixel, class Args>
 void pool_in_blocks(const Args args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / args.out_height, i = row % args.out_height;
-    const uint8_t* x = args.x + n * args.height * args.width * args.channels;
-    for (int64_t j = 0; j < args.out_width; ++j) {
-      uint8_t* y = args.y + (row * args.out_width + j) * args.channels;
+    const uint8_t* x = args.x + n * args.x_image_stride;
+    uint8_t* y = args.y + n * args.y_image_stride + i * args.y_row_stride;
+    for (int64_t j = 0; j < args.out_width; ++j, y += args.channels) {
       for (int64_t next = 0; next < args.channels; next += kLanes) {
         const int64_t c = next + kLanes <= args.channels ? next : args.channels - kLanes;
         Pixel::template compute<kLanes>(args, x + c, i, j, y + c);

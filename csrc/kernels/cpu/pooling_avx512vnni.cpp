@@ -20,9 +20,9 @@ template <class Args, class Pixel>
 void for_each_block(const Args& args, int64_t begin, int64_t end, Pixel pixel) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / args.out_height, i = row % args.out_height;
-    const uint8_t* x = args.x + n * args.height * args.width * args.channels;
-    for (int64_t j = 0; j < args.out_width; ++j) {
-      uint8_t* y = args.y + (row * args.out_width + j) * args.channels;
+    const uint8_t* x = args.x + n * args.x_image_stride;
+    uint8_t* y = args.y + n * args.y_image_stride + i * args.y_row_stride;
+    for (int64_t j = 0; j < args.out_width; ++j, y += args.channels) {
       for (int64_t c = 0; c < args.channels; c += kChannels) {
         pixel(x + c, i, j, y + c, first(args.channels - c));
       }
@@ -32,7 +32,7 @@ void for_each_block(const Args& args, int64_t begin, int64_t end, Pixel pixel) {
 
 template <bool kSigned>
 void max_pool2d_codes(const MaxPool2dArgs args, int64_t begin, int64_t end) {
-  const int64_t pixel = args.channels, row_stride = args.width * args.channels;
+  const int64_t pixel = args.channels, row_stride = args.x_row_stride;
   const int64_t row_step = args.row_step * row_stride, column_step = args.column_step * pixel;
   for_each_block(
       args, begin, end, [=](const uint8_t* x, int64_t i, int64_t j, uint8_t* y, __mmask64 mask) {
@@ -66,7 +66,7 @@ struct Output {
 
 template <bool kSigned>
 void avg_pool2d_codes(const AvgPool2dArgs args, int64_t begin, int64_t end) {
-  const int64_t pixel = args.channels, row_stride = args.width * args.channels;
+  const int64_t pixel = args.channels, row_stride = args.x_row_stride;
   for_each_block(
       args, begin, end, [=](const uint8_t* x, int64_t i, int64_t j, uint8_t* y, __mmask64 mask) {
         const int64_t column_begin = args.column_begin[j], column_end = args.column_end[j];

@@ -41,12 +41,13 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
     const int64_t first_pixel = unit % tiles * kTilePixels;
     const int64_t last_pixel = std::min(first_pixel + kTilePixels, s.pixels());
     for (int64_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
+      const Conv2dPlace place = conv2d_place(args, pixel);
       for (int64_t lane = 0; lane < channels; ++lane) {
         const int64_t padded = block * kChannelBlock + lane;
         const int64_t channel = first_channel + lane;
         const int32_t acc =
             wrapping_add(args.offset[padded], accumulate(args, pixel, group, channel));
-        store_conv2d_output(args, pixel, group * s.out_channels + channel, acc,
+        store_conv2d_output(args, place, group * s.out_channels + channel, acc,
                             args.multiplier[padded]);
       }
     }

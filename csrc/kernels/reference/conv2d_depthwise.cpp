@@ -18,7 +18,7 @@ void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
             acc = wrapping_add(acc, int32_t{code} * *w++);
           }
         }
-        store_conv2d_output(args, row * s.out_width + column, channel, acc,
+        store_conv2d_output(args, conv2d_place(args, 0, row, column), channel, acc,
                             args.multiplier[channel]);
       }
     }

@@ -1,0 +1,212 @@
+// What the AVX-512 convolution paths do with finished accumulators. Everything is internal: files
+// of different instruction sets include it.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/conv2d_input.h"
+#include "kernels/conv2d_output.h"
+
+namespace qtoolkit::kernels::avx512vnni {
+namespace {
+
+constexpr int kLanes = 16;  // int32 in a register
+static_assert(kChannelBlock == 2 * kLanes);
+
+// How a block's accumulators become outputs. A signed code is computed 128 higher and flipped at
+// the end.
+struct Rule {
+  int64_t channel;  // the block's first, over all groups
+  __m512 multiplier[2];
+  __mmask16 lanes[2];  // channels that exist
+  // For codes only:
+  __m512 high;         // the upper bound less the zero point
+  __m512i zero_point;  // int16
+  __m512i low, flip;   // uint8
+  bool residual_signed;
+  __m512i residual_zero_point;
+  __m512 residual_multiplier;
+};
+
+// `multiplier` is that of the block, of which `channels` exist.
+inline Rule rule_of(const Conv2dArgs& args, const float* multiplier, int64_t channel,
+                    int64_t channels) {
+  const int32_t flip = args.lo < 0 ? 128 : 0;
+  Rule rule;
+  rule.channel = channel;
+  for (int v = 0; v < 2; ++v) {
+    const int64_t left = channels - v * kLanes;
+    rule.multiplier[v] = _mm512_loadu_ps(multiplier + v * kLanes);
+    rule.lanes[v] =
+        left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1);
+  }
+  rule.high = _mm512_set1_ps(static_cast<float>(args.hi - args.zero_point));
+  rule.zero_point = _mm512_set1_epi16(static_cast<int16_t>(args.zero_point + flip));
+  rule.low = _mm512_set1_epi8(static_cast<char>(args.lo + flip));
+  rule.flip = _mm512_set1_epi8(static_cast<char>(flip));
+  rule.residual_signed = args.residual_signed;
+  rule.residual_zero_point = _mm512_set1_epi32(args.residual_zero_point);
+  rule.residual_multiplier = _mm512_set1_ps(args.residual_multiplier);
+  return rule;
+}
+
+inline void store_float(const Conv2dArgs& args, const Rule& rule, const Conv2dPlace* place,
+                        const int32_t* acc, int pixels) {
+  float* const y = static_cast<float*>(args.y) + rule.channel;
+  for (int p = 0; p < pixels; ++p) {
+    for (int v = 0; v < 2; ++v) {
+      const __m512i sum = _mm512_loadu_si512(acc + p * kChannelBlock + v * kLanes);
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), rule.multiplier[v]);
+      // A NaN, the second operand, passes.
+      if (args.relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
+      _mm512_mask_storeu_ps(y + place[p].y + v * kLanes, rule.lanes[v], value);
+    }
+  }
+}
+
+// One pixel's 32 codes as int16, zero point added, without the lower bound; in every 128-bit lane
+// four of the first sixteen channels, then four of the others. The upper bound comes before the
+// conversion, which could not hold more; what is too small ends at the least int16.
+template <bool kResidual, bool kNan>
+inline __attribute__((always_inline)) __m512i words_of(const Rule& rule, const int32_t* acc,
+                                                       const uint8_t* residual) {
+  __m512i codes[2];
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    const __m512i sum = _mm512_loadu_si512(acc + v * kLanes);
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), rule.multiplier[v]);
+    if (kResidual) {
+      const __m128i bytes = _mm_maskz_loadu_epi8(rule.lanes[v], residual + v * kLanes);
+      const __m512i code =
+          rule.residual_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+      const __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, rule.residual_zero_point));
+      value = _mm512_add_ps(value, _mm512_mul_ps(centred, rule.residual_multiplier));
+    }
+    if (kNan) value = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(value, value, _CMP_ORD_Q), value);
+    codes[v] = _mm512_cvtps_epi32(_mm512_min_ps(value, rule.high));
+  }
+  return _mm512_adds_epi16(_mm512_packs_epi32(codes[0], codes[1]), rule.zero_point);
+}
+
+template <bool kResidual, bool kNan>
+void store_codes(const Conv2dArgs& args, const Rule& rule, const Conv2dPlace* place,
+                 const int32_t* acc, int pixels) {
+  uint8_t* const y = static_cast<uint8_t*>(args.y) + rule.channel;
+  const uint8_t* residual = static_cast<const uint8_t*>(args.residual);
+  if (kResidual) residual += rule.channel;
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __mmask32 lanes = rule.lanes[0] | static_cast<__mmask32>(rule.lanes[1]) << kLanes;
+  // Two pixels at a time; an odd last one is paired with itself and stored once.
+  for (int p = 0; p < pixels; p += 2) {
+    const bool pair = p + 1 < pixels;
+    const auto words = [&](int i) {
+      return words_of<kResidual, kNan>(rule, acc + i * kChannelBlock,
+                                       kResidual ? residual + place[i].residual : nullptr);
+    };
+    const __m512i first = words(p);
+    const __m512i second = pair ? words(p + 1) : first;
+    __m512i codes = _mm512_max_epu8(_mm512_packus_epi16(first, second), rule.low);
+    codes = _mm512_permutexvar_epi32(order, _mm512_xor_si512(codes, rule.flip));
+    _mm256_mask_storeu_epi8(y + place[p].y, lanes, _mm512_castsi512_si256(codes));
+    if (pair) {
+      _mm256_mask_storeu_epi8(y + place[p + 1].y, lanes, _mm512_extracti64x4_epi64(codes, 1));
+    }
+  }
+}
+
+// True if a multiplier is so large, infinite or NaN that a NaN could follow (0 * inf, inf - inf).
+inline bool may_give_nan(const Conv2dArgs& args, const Rule& rule) {
+  const __m512 bound = _mm512_set1_ps(0x1p64f);
+  const __mmask16 first = _mm512_cmp_ps_mask(_mm512_abs_ps(rule.multiplier[0]), bound, _CMP_LE_OQ);
+  const __mmask16 second = _mm512_cmp_ps_mask(_mm512_abs_ps(rule.multiplier[1]), bound, _CMP_LE_OQ);
+  return (first & second) != 0xffff || !(__builtin_fabsf(args.residual_multiplier) <= 0x1p64f);
+}
+
+// Writes the outputs of `pixels` pixels, whose sums lie at acc[pixel * kChannelBlock + lane].
+using Store = void(const Conv2dArgs&, const Rule&, const Conv2dPlace* place, const int32_t* acc,
+                   int pixels);
+inline Store* store_of(const Conv2dArgs& args, const Rule& rule) {
+  if (args.output == Conv2dOutput::float32) return store_float;
+  const bool nan = may_give_nan(args, rule);
+  if (args.residual == nullptr) return nan ? store_codes<false, true> : store_codes<false, false>;
+  return nan ? store_codes<true, true> : store_codes<true, false>;
+}
+
+// An output pixel and its input, without divisions from one to the next: between tiles their
+// latency would show. `group` is the one whose input is wanted.
+class Cursor {
+ public:
+  Cursor(const Conv2dArgs& args, int64_t pixel, int64_t group)
+      : width_(args.shape.out_width),
+        height_(args.shape.out_height),
+        column_(pixel % width_),
+        line_(pixel / width_ % height_),
+        step_{args.shape.stride_width * args.x_pixel_stride, args.y_pixel_stride,
+              args.residual_pixel_stride},
+        row_step_{args.shape.stride_height * args.x_row_stride, args.y_row_stride,
+                  args.residual_row_stride},
+        image_step_{args.x_image_stride - height_ * row_step_.x,
+                    args.y_image_stride - height_ * row_step_.y,
+                    args.residual_image_stride - height_ * row_step_.residual} {
+    const Conv2dPlace place = conv2d_place(args, pixel);
+    at_ = {conv2d_input(args, pixel) - args.x, place.y, place.residual};
+    row_ = {at_.x - column_ * step_.x, at_.y - column_ * step_.y,
+            at_.residual - column_ * step_.residual};
+    x_ = args.x + group * args.shape.in_channels;
+  }
+
+  // Writes the first taps and the places of the next `count` pixels. Loops of fixed length and
+  // conditional moves: with runs as long as the row allows, mispredicted branches took up to a
+  // tenth of the time of layers with few taps.
+  void take(int count, const uint8_t** x, Conv2dPlace* place) {
+    while (count > 0) {
+      int taken = 1;
+      x[0] = x_ + at_.x;
+      place[0] = {at_.y, at_.residual};
+      if (count >= kTilePixels && width_ - column_ >= kTilePixels) {
+        taken = kTilePixels;
+        for (int p = 1; p < kTilePixels; ++p) {
+          x[p] = x_ + at_.x + p * step_.x;
+          place[p] = {at_.y + p * step_.y, at_.residual + p * step_.residual};
+        }
+      }
+      x += taken;
+      place += taken;
+      count -= taken;
+      advance(taken);
+    }
+  }
+
+ private:
+  struct Position {  // of the input, the output and the residual
+    int64_t x, y, residual;
+  };
+  static Position choose(bool first, Position a, Position b) {
+    return {first ? a.x : b.x, first ? a.y : b.y, first ? a.residual : b.residual};
+  }
+  static Position plus(Position a, int64_t count, Position step) {
+    return {a.x + count * step.x, a.y + count * step.y, a.residual + count * step.residual};
+  }
+
+  // By pixels of one row.
+  void advance(int pixels) {
+    column_ += pixels;
+    const bool row_ends = column_ == width_;
+    column_ = row_ends ? 0 : column_;
+    line_ += row_ends;
+    row_ = choose(row_ends, plus(row_, 1, row_step_), row_);
+    const bool image_ends = line_ == height_;
+    line_ = image_ends ? 0 : line_;
+    row_ = choose(image_ends, plus(row_, 1, image_step_), row_);
+    at_ = choose(row_ends, row_, plus(at_, pixels, step_));
+  }
+
+  int64_t width_, height_, column_, line_;
+  Position step_, row_step_;
+  Position image_step_;  // from the end of an image's last row to the next image
+  Position at_, row_;
+  const uint8_t* x_;
+};
+
+}  // namespace
+}  // namespace qtoolkit::kernels::avx512vnni
