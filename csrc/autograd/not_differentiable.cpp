@@ -20,6 +20,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "linear",
                            "add",
                            "requantize",
+                           "lookup",
                            "batch_norm",
                            "max_pool2d",
                            "max_pool2d_train_backward",

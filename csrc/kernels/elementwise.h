@@ -36,4 +36,15 @@ struct RequantizeArgs {
 };
 void requantize(const RequantizeArgs& args, int64_t begin, int64_t end);
 
+// y = table[x] on rows of `channels` codes: any function of one code, in place too. begin and end
+// count rows.
+struct LookupArgs {
+  const uint8_t* x = nullptr;
+  uint8_t* y = nullptr;
+  const uint8_t* table = nullptr;  // [256], by the byte of the code: an int8 code -1 is entry 255
+  int64_t channels = 0;
+  int64_t x_row_stride = 0, y_row_stride = 0;  // bytes
+};
+void lookup(const LookupArgs& args, int64_t begin, int64_t end);
+
 }  // namespace qtoolkit::kernels

@@ -11,6 +11,7 @@
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"
+#include "kernels/quantize_image.h"
 #include "kernels/statistics.h"
 
 namespace qtoolkit::kernels {

@@ -43,6 +43,7 @@ void refuse_all(torch::Library& m) {
                            "linear",
                            "add",
                            "requantize",
+                           "lookup",
                            "batch_norm",
                            "batch_norm_act",
                            "batch_norm_act_backward",

@@ -73,9 +73,7 @@ def explain(model: nn.Module) -> Explanation:
             kernel = module.kernel
             path = f"{kernel} ({_C.selected_path(kernel)})" if kernel else ""
             layers.append(
-                LayerExplanation(
-                    module.source or name, type(module).__name__, module.formats(), path
-                )
+                LayerExplanation(module.source or name, module.kind(), module.formats(), path)
             )
         elif is_observer(module) and module not in inner:
             kind = "fake-quantize" if isinstance(module, FakeQuantize) else "observed"

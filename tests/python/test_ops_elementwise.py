@@ -1,4 +1,4 @@
-"""add, requantize, batch_norm and cat against plain torch."""
+"""add, requantize, lookup, batch_norm and cat against plain torch."""
 
 import pytest
 import torch
@@ -175,3 +175,27 @@ def test_cat_of_equal_parameters_copies():
     x = torch.arange(256).to(U8).view(2, 4, 4, 8)
     s, z = scale(0.3), zero_point(5)
     assert torch.equal(ops.cat([x, x], [s, s], [z, z], 1, s, z, 0, 255), torch.cat([x, x], 1))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 7, 5), (0, 3), (70_001,)], ids=str)
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), DTYPES, ids=str)
+def test_lookup_indexes_the_table(shape, x_dtype, y_dtype):
+    x, table = random_codes(shape, x_dtype, 1), random_codes((256,), y_dtype, 2)
+    assert torch.equal(ops.lookup(x, table), table[x.long()])
+
+
+def test_lookup_keeps_the_memory_format():
+    x, table = random_codes((2, 3, 7, 5)), random_codes((256,), seed=2)
+    y = ops.lookup(x.to(memory_format=torch.channels_last), table)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, table[x.long()])
+    assert torch.equal(ops.lookup(x[:, :, ::2], table), table[x[:, :, ::2].long()])
+    assert torch.equal(ops.lookup(x, table.repeat(2)[::2]), table.repeat(2)[::2][x.long()])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_of_lookup_agree(path):
+    x, table = random_codes((1031,), I8), random_codes((256,), U8, 2)
+    with forced_path("lookup", path):
+        y = ops.lookup(x, table)
+    assert torch.equal(y, table[x.long()])

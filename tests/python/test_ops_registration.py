@@ -173,6 +173,10 @@ SAMPLES = {
         (codes().to(memory_format=LAST), S, Z, codes()[:1], S, Z, S, Z, 0, 255, True),
     ],
     "requantize": [(codes(), S, Z, S, Z, -128, 127, True)],
+    "lookup": [
+        (codes(), random_codes((256,), torch.int8)),
+        (codes(torch.int8).to(memory_format=LAST), random_codes((256,))),
+    ],
     "batch_norm": [(codes(), S, Z, torch.ones(3), torch.ones(3), S, Z, 0, 255, False)],
     "batch_norm_act": [
         batch_norm_args(floats(True), floats()),

@@ -14,7 +14,7 @@ from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.patterns import Match
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
-from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
+from qtoolkit.graph.same_values import IDENTITIES, asks_fact, keeps_values, lower_same_values
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.graph.shared import SharedObserver
 from qtoolkit.nn import qat
@@ -198,9 +198,7 @@ class _Lowering:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         self.codes[node] = self.codes[source]
-        if isinstance(
-            called_module(node, self.module), nn.Identity | nn.modules.dropout._DropoutNd
-        ):
+        if isinstance(called_module(node, self.module), IDENTITIES):
             self._replace(node, source)
             self.graph.erase_node(node)
             return

@@ -122,6 +122,16 @@ def settle_calls(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def remove_identities(module: fx.GraphModule) -> None:
+    """Removes dropout and the like, which would stand between layers that can be fused."""
+    for node in list(module.graph.nodes):
+        if is_plain(called_module(node, module), same_values.IDENTITIES) and len(node.args) == 1:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
 def fold_batch_norms(module: fx.GraphModule) -> None:
     """Folds every batch norm that follows a convolution or linear layer into its weight and
     bias."""

@@ -16,16 +16,22 @@ from qtoolkit.graph.modules import called_module, pair
 from qtoolkit.graph.patterns.registry import AsModule
 from qtoolkit.graph.plain import is_plain
 from qtoolkit.graph.shapes import bind, float_shape
+from qtoolkit.nn import functional as own
 from qtoolkit.nn import pooling
 
-_MODULES = (
-    nn.Flatten,
-    nn.Unflatten,
+#: Modules that return their input in evaluation.
+IDENTITIES = (
     nn.Identity,
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
     nn.Dropout3d,
+    own.StochasticDepth,
+)
+_MODULES = (
+    *IDENTITIES,
+    nn.Flatten,
+    nn.Unflatten,
     nn.MaxPool2d,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
@@ -122,8 +128,18 @@ def _max_pool2d(
     """The parameters of the max pooling functions."""
 
 
+def _stochastic_depth(x: Any, p: float, mode: str, training: bool = True) -> None:
+    """The parameters of ``torchvision.ops.stochastic_depth``."""
+
+
+def _is_stochastic_depth(function: Any) -> bool:
+    # By name: torchvision need not be installed.
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
+    return name == "torchvision.ops.stochastic_depth.stochastic_depth"
+
+
 def as_module(node: fx.Node) -> AsModule | None:
-    """The module for a functional dropout or max pooling.
+    """The module for a functional dropout, stochastic depth or max pooling.
 
     A traced ``F.dropout(x, p, self.training)`` holds the mode of the day; the module follows the
     model's mode.
@@ -137,6 +153,11 @@ def as_module(node: fx.Node) -> AsModule | None:
             return None
         kind = nn.Dropout2d if node.target is functional.dropout2d else nn.Dropout
         return AsModule(kind(arguments["p"]), node.args[:1])
+    if _is_stochastic_depth(node.target):
+        arguments = bind(_stochastic_depth, node)
+        if arguments is None or arguments.pop("training"):
+            return None
+        return AsModule(own.StochasticDepth(**arguments), node.args[:1])
     if node.target in _MAX_POOL:
         arguments = bind(_max_pool2d, node)
         if arguments is None or arguments.pop("return_indices"):

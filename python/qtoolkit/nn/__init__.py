@@ -5,6 +5,7 @@ from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
 from qtoolkit.nn.linear import Linear
+from qtoolkit.nn.lookup import Lookup
 from qtoolkit.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool2d, MaxPool2d
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Dequantize",
     "GlobalAvgPool2d",
     "Linear",
+    "Lookup",
     "MaxPool2d",
     "QParams",
     "Quantize",

@@ -101,6 +101,10 @@ class QuantizedModule(nn.Module):
         code = round(upper / float(self.output_scale)) + zero_point
         self.quant_max = max(min(self.format_max, code), zero_point)
 
+    def kind(self) -> str:
+        """What it is, for reports."""
+        return type(self).__name__
+
     def formats(self) -> str:
         """What it reads and writes, for reports, such as ``"uint8 x int8 -> uint8"``."""
         return ""

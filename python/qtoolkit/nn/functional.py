@@ -46,3 +46,61 @@ class GlobalAvgPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), self.keepdim)
+
+
+class WithNumber(nn.Module):
+    """``x + 3``, ``3 - x``, ``x * 0.5``, ``x / 6``: a tensor and a number.
+
+    Args:
+        operation: ``"add"``, ``"sub"``, ``"mul"`` or ``"div"``; the name by which
+            ``QConfigMapping.set_module_type`` knows it.
+        number: the number.
+        reverse: True for ``number - x``.
+    """
+
+    def __init__(self, operation: str, number: float, *, reverse: bool = False) -> None:
+        super().__init__()
+        self.op_name = operation
+        self.number = number
+        self.reverse = reverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.op_name == "add":
+            return x + self.number
+        if self.op_name == "mul":
+            return x * self.number
+        if self.op_name == "div":
+            return x / self.number
+        return self.number - x if self.reverse else x - self.number
+
+
+class Abs(nn.Module):
+    """``torch.abs(x)``."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "abs"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+class StochasticDepth(nn.Module):
+    """``torchvision.ops.stochastic_depth``: in training whole samples become 0 with probability p.
+
+    Args:
+        p: the probability.
+        mode: ``"row"`` draws for each sample, ``"batch"`` once for all.
+    """
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p = p
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        survival = 1.0 - self.p
+        size = [x.shape[0] if self.mode == "row" else 1] + [1] * (x.dim() - 1)
+        kept = torch.empty(size, dtype=x.dtype, device=x.device).bernoulli_(survival)
+        return x * (kept / survival if survival > 0.0 else kept)

@@ -171,6 +171,15 @@ def requantize(
     )
 
 
+def lookup(x: Tensor, table: Tensor) -> Tensor:
+    """Any function of one code: y = table[x], as PyTorch indexes with an int64 tensor.
+
+    x: codes of any shape; table: [256], uint8 or int8, the dtype of the result. Entry c is for the
+    code c, entry 256 + c for a negative one.
+    """
+    return torch.ops.qtoolkit.lookup(x, table)
+
+
 def batch_norm(
     x: Tensor,
     x_scale: Tensor,

@@ -59,6 +59,8 @@ class Pattern:
     float_output: bool = False
     #: True if it has a weight, for which ``QConfig.weight`` must say how.
     has_weight: bool = False
+    #: True if it is worth computing on codes only where its inputs are codes anyway.
+    needs_codes: bool = False
     #: Dimensions of its output that the kernel needs, None if any do.
     dimensions: int | None = None
     #: True if its inputs and output can be quantized with one scale, which makes it exact.
