@@ -18,6 +18,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "histogram",
                            "conv2d",
                            "linear",
+                           "linear_dynamic",
                            "add",
                            "requantize",
                            "lookup",

@@ -12,6 +12,8 @@
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"
 #include "kernels/quantize_image.h"
+#include "kernels/quantize_rows.h"
+#include "kernels/scale_sums.h"
 #include "kernels/statistics.h"
 
 namespace qtoolkit::kernels {

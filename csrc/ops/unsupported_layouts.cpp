@@ -41,6 +41,7 @@ void refuse_all(torch::Library& m) {
                            "histogram",
                            "conv2d",
                            "linear",
+                           "linear_dynamic",
                            "add",
                            "requantize",
                            "lookup",

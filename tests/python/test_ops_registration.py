@@ -168,6 +168,10 @@ SAMPLES = {
         ),
     ],
     "linear": [(*make_linear_case((2, 3)).values(), True)],
+    "linear_dynamic": [
+        (floats(), random_codes((7, 5), torch.int8), torch.rand(7) + 0.1, torch.rand(7), "gelu"),
+        (floats(True).bfloat16(), random_codes((7, 5), torch.int8), S, None, "none"),
+    ],
     "add": [
         (codes(), S, Z, codes(torch.int8), S, Z, S, Z, 0, 255, False),
         (codes().to(memory_format=LAST), S, Z, codes()[:1], S, Z, S, Z, 0, 255, True),

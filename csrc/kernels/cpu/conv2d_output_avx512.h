@@ -105,6 +105,17 @@ inline void store_float(const Conv2dArgs& args, const Rule& rule, const Conv2dPl
   }
 }
 
+inline void store_sums(const Conv2dArgs& args, const Rule& rule, const Conv2dPlace* place,
+                       const int32_t* acc, int pixels) {
+  int32_t* const y = static_cast<int32_t*>(args.y) + rule.channel;
+  for (int p = 0; p < pixels; ++p) {
+    for (int v = 0; v < 2; ++v) {
+      _mm512_mask_storeu_epi32(y + place[p].y + v * kLanes, rule.lanes[v],
+                               _mm512_loadu_si512(acc + p * kChannelBlock + v * kLanes));
+    }
+  }
+}
+
 // One pixel's 32 codes as int16, zero point added, without the lower bound; in every 128-bit lane
 // four of the first sixteen channels, then four of the others. The upper bound comes before the
 // conversion, which could not hold more; what is too small ends at the least int16.
@@ -288,6 +299,7 @@ inline __attribute__((always_inline)) void store_simple(const Conv2dArgs& args, 
 using Store = void(const Conv2dArgs&, const Rule&, const Conv2dPlace* place, const int32_t* acc,
                    int pixels);
 inline Store* store_of(const Conv2dArgs& args, const Rule& rule) {
+  if (args.output == Conv2dOutput::int32) return store_sums;
   if (args.output == Conv2dOutput::float32) return store_float;
   const bool nan = may_give_nan(args, rule);
   if (args.residual == nullptr) return nan ? store_codes<false, true> : store_codes<false, false>;
