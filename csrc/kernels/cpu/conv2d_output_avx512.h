@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 
-#include "kernels/conv2d_input.h"
 #include "kernels/conv2d_output.h"
 
 namespace qtoolkit::kernels::avx512vnni {
@@ -264,33 +263,29 @@ inline __attribute__((always_inline)) __m512i simple_codes(const Rule& rule,
 }
 
 // Writes the codes of `kPixels` pixels of kVectors registers of channels. sum(pixel, vector) gives
-// the sums.
-template <int kPixels, int kVectors, bool kZeroPoint, SimpleResidual kResidual, class Sum>
-inline __attribute__((always_inline)) void store_simple(const Conv2dArgs& args, const Rule& rule,
-                                                        const Conv2dPlace* place, Sum sum) {
-  uint8_t* const y = static_cast<uint8_t*>(args.y) + rule.channel;
-  const uint8_t* const from = static_cast<const uint8_t*>(args.residual) + rule.channel;
+// the sums, y(pixel) and residual(pixel) the place of the block's first channel.
+template <int kPixels, int kVectors, bool kZeroPoint, SimpleResidual kResidual, class Sum, class Y,
+          class Residual>
+inline __attribute__((always_inline)) void store_simple(const Rule& rule, Sum sum, Y y,
+                                                        Residual residual) {
   constexpr int kStep = 4 / kVectors;  // pixels in four registers
 #pragma GCC unroll 7
   for (int first = 0; first < kPixels; first += kStep) {
     __m512i sums[4];
     int lanes[4];
-    const uint8_t* residual[4];
+    const uint8_t* from[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       // After the last pixel it once more.
       const int p = first + i / kVectors < kPixels ? first + i / kVectors : kPixels - 1;
       lanes[i] = i % kVectors;
       sums[i] = sum(p, lanes[i]);
-      residual[i] = kResidual == SimpleResidual::none
-                        ? nullptr
-                        : from + place[p].residual + lanes[i] * kLanes;
+      from[i] = kResidual == SimpleResidual::none ? nullptr : residual(p) + lanes[i] * kLanes;
     }
-    const __m512i codes = simple_codes<kZeroPoint, kResidual>(rule, sums, lanes, residual);
+    const __m512i codes = simple_codes<kZeroPoint, kResidual>(rule, sums, lanes, from);
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; ++i) {
-      if (first + i >= kPixels) continue;
-      store_bytes<kVectors>(rule, y + place[first + i].y, codes, i);
+      if (first + i < kPixels) store_bytes<kVectors>(rule, y(first + i), codes, i);
     }
   }
 }
@@ -305,95 +300,6 @@ inline Store* store_of(const Conv2dArgs& args, const Rule& rule) {
   if (args.residual == nullptr) return nan ? store_codes<false, true> : store_codes<false, false>;
   return nan ? store_codes<true, true> : store_codes<true, false>;
 }
-
-// An output pixel and its input, without divisions from one to the next: between tiles their
-// latency would show. `group` is the one whose input is wanted.
-class Cursor {
- public:
-  Cursor(const Conv2dArgs& args, int64_t pixel, int64_t group)
-      : width_(args.shape.out_width),
-        height_(args.shape.out_height),
-        column_(pixel % width_),
-        line_(pixel / width_ % height_),
-        step_{args.shape.stride_width * args.x_pixel_stride, args.y_pixel_stride,
-              args.residual_pixel_stride},
-        row_step_{args.shape.stride_height * args.x_row_stride, args.y_row_stride,
-                  args.residual_row_stride},
-        image_step_{args.x_image_stride - height_ * row_step_.x,
-                    args.y_image_stride - height_ * row_step_.y,
-                    args.residual_image_stride - height_ * row_step_.residual} {
-    const Conv2dPlace place = conv2d_place(args, pixel);
-    at_ = {conv2d_input(args, pixel) - args.x, place.y, place.residual};
-    row_ = {at_.x - column_ * step_.x, at_.y - column_ * step_.y,
-            at_.residual - column_ * step_.residual};
-    x_ = args.x + group * args.shape.in_channels;
-  }
-
-  // Writes the first taps and the places of the next `count` pixels. Loops of fixed length and
-  // conditional moves: with runs as long as the row allows, mispredicted branches took up to a
-  // tenth of the time of layers with few taps.
-  void take(int count, const uint8_t** x, Conv2dPlace* place) {
-    while (count > 0) {
-      const int taken = count >= kTilePixels && width_ - column_ >= kTilePixels ? kTilePixels : 1;
-      if (taken == 1) {
-        write<1>(x, place);
-      } else {
-        write<kTilePixels>(x, place);
-      }
-      x += taken;
-      place += taken;
-      count -= taken;
-      advance(taken);
-    }
-  }
-
- private:
-  struct Position {  // of the input, the output and the residual
-    int64_t x, y, residual;
-  };
-  // Keeps GCC from computing addresses in vector registers: that takes the ports of multiply-adds,
-  // and cost as much time as sixty of them for every tile.
-  static int64_t scalar(int64_t value) {
-    asm("" : "+r"(value));
-    return value;
-  }
-  static Position choose(bool first, Position a, Position b) {
-    return {scalar(first ? a.x : b.x), scalar(first ? a.y : b.y),
-            scalar(first ? a.residual : b.residual)};
-  }
-  static Position plus(Position a, int64_t count, Position step) {
-    return {scalar(a.x + count * step.x), scalar(a.y + count * step.y),
-            scalar(a.residual + count * step.residual)};
-  }
-
-  template <int kCount>
-  void write(const uint8_t** x, Conv2dPlace* place) const {
-    Position at = at_;
-    for (int p = 0; p < kCount; ++p, at = plus(at, 1, step_)) {
-      x[p] = x_ + at.x;
-      place[p] = {at.y, at.residual};
-    }
-  }
-
-  // By pixels of one row.
-  void advance(int pixels) {
-    column_ += pixels;
-    const bool row_ends = column_ == width_;
-    column_ = row_ends ? 0 : column_;
-    line_ += row_ends;
-    row_ = choose(row_ends, plus(row_, 1, row_step_), row_);
-    const bool image_ends = line_ == height_;
-    line_ = image_ends ? 0 : line_;
-    row_ = choose(image_ends, plus(row_, 1, image_step_), row_);
-    at_ = choose(row_ends, row_, plus(at_, pixels, step_));
-  }
-
-  int64_t width_, height_, column_, line_;
-  Position step_, row_step_;
-  Position image_step_;  // from the end of an image's last row to the next image
-  Position at_, row_;
-  const uint8_t* x_;
-};
 
 }  // namespace
 }  // namespace qtoolkit::kernels::avx512vnni
