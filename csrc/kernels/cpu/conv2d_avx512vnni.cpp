@@ -10,20 +10,29 @@
 namespace qtoolkit::kernels::avx512vnni {
 namespace {
 
+struct Layer;
+struct Block;
+using RunTile = void(const Layer&, const Block&, const Tile&);
+
+// What computes tiles of a block whose channels are in one register or in two.
+struct Runners {
+  RunTile *two_runs, *one_run;  // of simple codes
+  RunTile* full;                // of kMostPixels anywhere
+};
+
 // One call's layer.
 struct Layer {
   const Conv2dArgs& args;
   const uint8_t* x;  // of the group of channels
   // The taps of every output, in the order of the packed weights.
-  int64_t rows, runs;
-  int64_t row_step, run_step;  // bytes of the input
-  int64_t run_weights;         // bytes of a run's packed weights
+  int64_t runs;         // of a row
+  int64_t run_step;     // bytes of the input from one run to the next in its row
+  int64_t row_step;     // and from a row's last run to the next row
+  int64_t run_weights;  // bytes of a run's packed weights
   int64_t block_weights;
-  int64_t x_step;  // from one pixel to the next
+  int64_t x_step;        // from one pixel to the next
+  Runners narrow, wide;  // of simple codes
 };
-
-struct Block;
-using RunTile = void(const Layer&, const Block&, const Tile&);
 
 // A block of channels.
 struct Block {
@@ -32,7 +41,6 @@ struct Block {
   Rule rule;
   bool wide;     // channels in both registers
   Store* store;  // for any tile
-  RunTile *two_runs, *one_run, *full;
 };
 
 // The intrinsic would do the same, but GCC 12 then copies accumulators between registers, which
@@ -53,26 +61,33 @@ inline __attribute__((always_inline)) __m512i quad_at(const uint8_t* x, int64_t 
   return quad;
 }
 
+// The same object, about which the compiler knows nothing. Else it keeps all that a loop reads in
+// registers, of which there are too few.
+template <class T>
+inline __attribute__((always_inline)) const T& unknown(const T& object) {
+  const T* pointer = &object;
+  asm("" : "+r"(pointer));
+  return *pointer;
+}
+
 // A tile of runs. The addresses are made of few registers: two pointers and three steps.
 class Runs {
  public:
   Runs(const Layer& layer, const Tile& tile)
-      : first_{layer.x + tile.run[0].x, layer.x + tile.run[1].x},
-        step_(layer.x_step),
-        step3_(3 * step_),
-        step5_(5 * step_) {}
+      : layer_(layer), tile_(tile), step_(layer.x_step), step3_(3 * step_), step5_(5 * step_) {}
 
   // Goes to the taps at an offset from each pixel's first, and to the next quad.
   __attribute__((always_inline)) void start(int64_t offset) {
-    at_[0] = first_[0] + offset;
-    at_[1] = first_[1] + offset;
+    const uint8_t* const x = unknown(layer_).x + offset;
+    at0_ = x + unknown(tile_).run[0].x;
+    at1_ = x + unknown(tile_).run[1].x;
   }
   __attribute__((always_inline)) void next() {
-    at_[0] += 4;
-    at_[1] += 4;
+    at0_ += 4;
+    at1_ += 4;
   }
   __attribute__((always_inline)) __m512i quad(int p) const {
-    const uint8_t* const x = at_[p / kTilePixels];
+    const uint8_t* const x = p < kTilePixels ? at0_ : at1_;
     switch (p % kTilePixels) {
       case 0:
         return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x));
@@ -91,15 +106,28 @@ class Runs {
     }
   }
 
-  static Conv2dPlace place(const Conv2dArgs& args, const Tile& tile, int p) {
-    const Position& run = tile.run[p / kTilePixels];
-    const int64_t i = p % kTilePixels;
-    return {run.y + i * args.y_pixel_stride, run.residual + i * args.residual_pixel_stride};
-  }
+  class Places {
+   public:
+    Places(const Conv2dArgs& args, const Tile& tile)
+        : y0_(scalar(tile.run[0].y)),
+          y1_(scalar(tile.run[1].y)),
+          y_step_(args.y_pixel_stride),
+          residual0_(scalar(tile.run[0].residual)),
+          residual1_(scalar(tile.run[1].residual)),
+          residual_step_(args.residual_pixel_stride) {}
+    int64_t y(int p) const { return (p < kTilePixels ? y0_ : y1_) + p % kTilePixels * y_step_; }
+    int64_t residual(int p) const {
+      return (p < kTilePixels ? residual0_ : residual1_) + p % kTilePixels * residual_step_;
+    }
+
+   private:
+    int64_t y0_, y1_, y_step_, residual0_, residual1_, residual_step_;
+  };
 
  private:
-  const uint8_t* first_[2];
-  const uint8_t* at_[2];
+  const Layer& layer_;
+  const Tile& tile_;
+  const uint8_t *at0_, *at1_;
   int64_t step_, step3_, step5_;
 };
 
@@ -113,7 +141,15 @@ class Pixels {
   __attribute__((always_inline)) void next() { at_ += 4; }
   __attribute__((always_inline)) __m512i quad(int p) const { return quad_at(x_[p], at_); }
 
-  static Conv2dPlace place(const Conv2dArgs&, const Tile& tile, int p) { return tile.place[p]; }
+  class Places {
+   public:
+    Places(const Conv2dArgs&, const Tile& tile) : place_(tile.place) {}
+    int64_t y(int p) const { return place_[p].y; }
+    int64_t residual(int p) const { return place_[p].residual; }
+
+   private:
+    const Conv2dPlace* place_;
+  };
 
  private:
   const uint8_t* const* x_;
@@ -133,22 +169,27 @@ inline __attribute__((always_inline)) void accumulate(const Layer& layer, const 
     for (int v = 0; v < kVectors; ++v) acc[p][v] = _mm512_loadu_si512(block.offset + v * kLanes);
   }
   const int8_t* w = block.w;
-  for (int64_t row = 0; row < layer.rows; ++row) {
-    for (int64_t run = 0; run < layer.runs; ++run) {
-      input.start(row * layer.row_step + run * layer.run_step);
-      const int8_t* const end = w + layer.run_weights;
-      for (; w != end; w += 4 * kChannelBlock, input.next()) {
-        __m512i weight[kVectors];
+  const int8_t* const last = w + layer.block_weights;
+  int64_t offset = 0, run = 0;
+  while (w != last) {
+    const Layer& l = unknown(layer);
+    input.start(offset);
+    const int8_t* const end = w + l.run_weights;
+    for (; w != end; w += 4 * kChannelBlock, input.next()) {
+      __m512i weight[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
+      for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
 #pragma GCC unroll 14
-        for (int p = 0; p < kPixels; ++p) {
-          const __m512i quad = input.quad(p);
+      for (int p = 0; p < kPixels; ++p) {
+        const __m512i quad = input.quad(p);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
-        }
+        for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
       }
     }
+    ++run;
+    const bool row_ends = run == l.runs;
+    offset += row_ends ? l.row_step : l.run_step;
+    run = row_ends ? 0 : run;
   }
 }
 
@@ -175,15 +216,15 @@ template <class Input, int kPixels, int kVectors, bool kZeroPoint, SimpleResidua
 void run_simple(const Layer& layer, const Block& block, const Tile& tile) {
   Sums<kPixels, kVectors> acc;
   accumulate<kPixels, kVectors>(layer, block, Input(layer, tile), acc);
-  const Conv2dArgs& args = layer.args;
-  uint8_t* const y = static_cast<uint8_t*>(args.y) + block.rule.channel;
-  const uint8_t* const residual = static_cast<const uint8_t*>(args.residual) + block.rule.channel;
+  uint8_t* const y = static_cast<uint8_t*>(layer.args.y) + block.rule.channel;
+  const uint8_t* const residual =
+      static_cast<const uint8_t*>(layer.args.residual) + block.rule.channel;
+  // Copies, which the compiler need not load again after each output.
+  const typename Input::Places places(layer.args, tile);
   store_simple<kPixels, kVectors, kZeroPoint, kResidual>(
       block.rule, [&](int p, int v) __attribute__((always_inline)) { return acc[p][v]; },
-      [&](int p) __attribute__((always_inline)) { return y + Input::place(args, tile, p).y; },
-      [&](int p) __attribute__((always_inline)) {
-        return residual + Input::place(args, tile, p).residual;
-      });
+      [&](int p) __attribute__((always_inline)) { return y + places.y(p); },
+      [&](int p) __attribute__((always_inline)) { return residual + places.residual(p); });
 }
 
 // [pixels - 1]
@@ -195,53 +236,43 @@ constexpr auto kRunNarrow = all_run_any<1>(std::make_integer_sequence<int, kMost
 constexpr auto kRunWide = all_run_any<2>(std::make_integer_sequence<int, kMostPixels>());
 
 template <int kVectors, bool kZeroPoint, SimpleResidual kResidual>
-void set_run(Block& block) {
+Runners runners_of() {
   constexpr int kHalf = static_cast<int>(kTilePixels);
-  block.two_runs = run_simple<Runs, kMostPixels, kVectors, kZeroPoint, kResidual>;
-  block.one_run = run_simple<Runs, kHalf, kVectors, kZeroPoint, kResidual>;
-  block.full = run_simple<Pixels, kMostPixels, kVectors, kZeroPoint, kResidual>;
+  return {run_simple<Runs, kMostPixels, kVectors, kZeroPoint, kResidual>,
+          run_simple<Runs, kHalf, kVectors, kZeroPoint, kResidual>,
+          run_simple<Pixels, kMostPixels, kVectors, kZeroPoint, kResidual>};
 }
 template <int kVectors, bool kZeroPoint>
-void set_run(Block& block) {
-  switch (block.rule.simple_residual) {
+Runners runners_of(SimpleResidual residual) {
+  switch (residual) {
     case SimpleResidual::none:
-      return set_run<kVectors, kZeroPoint, SimpleResidual::none>(block);
+      return runners_of<kVectors, kZeroPoint, SimpleResidual::none>();
     case SimpleResidual::folded:
-      return set_run<kVectors, kZeroPoint, SimpleResidual::folded>(block);
+      return runners_of<kVectors, kZeroPoint, SimpleResidual::folded>();
     default:
-      return set_run<kVectors, kZeroPoint, SimpleResidual::any>(block);
+      return runners_of<kVectors, kZeroPoint, SimpleResidual::any>();
   }
 }
 
-Block block_of(const Layer& layer, int64_t index) {
+RunTile* run_of(const Layer& layer, const Block& block, const Tile& tile) {
+  const Runners& simple = block.wide ? layer.wide : layer.narrow;
+  if (tile.in_runs) return tile.pixels == kMostPixels ? simple.two_runs : simple.one_run;
+  if (tile.pixels == kMostPixels && block.rule.simple) return simple.full;
+  return (block.wide ? kRunWide : kRunNarrow)[tile.pixels - 1];
+}
+
+void set_block(const Layer& layer, int64_t index, Block& block) {
   const Conv2dArgs& args = layer.args;
   const Conv2dShape& s = args.shape;
   const int64_t group = index / s.blocks_per_group();
   const int64_t first_channel = index % s.blocks_per_group() * kChannelBlock;
   const int64_t left = s.out_channels - first_channel;
-  Block block;
   block.w = args.packed + index * layer.block_weights;
   block.offset = args.offset + index * kChannelBlock;
-  block.rule =
-      rule_of(args, args.multiplier + index * kChannelBlock, group * s.out_channels + first_channel,
-              left < kChannelBlock ? left : kChannelBlock);
-  block.rule.simple = block.rule.simple && args.output == Conv2dOutput::codes;
   block.wide = left > kLanes;
+  set_block(args.multiplier + index * kChannelBlock, group * s.out_channels + first_channel,
+            left < kChannelBlock ? left : kChannelBlock, block.rule);
   block.store = store_of(args, block.rule);
-  if (!block.rule.simple) {
-    block.full = (block.wide ? kRunWide : kRunNarrow)[kMostPixels - 1];
-  } else if (block.wide) {
-    args.zero_point == 0 ? set_run<2, false>(block) : set_run<2, true>(block);
-  } else {
-    args.zero_point == 0 ? set_run<1, false>(block) : set_run<1, true>(block);
-  }
-  return block;
-}
-
-RunTile* run_of(const Block& block, const Tile& tile) {
-  if (tile.in_runs) return tile.pixels == kMostPixels ? block.two_runs : block.one_run;
-  if (tile.pixels == kMostPixels) return block.full;
-  return (block.wide ? kRunWide : kRunNarrow)[tile.pixels - 1];
 }
 
 // Blocks whose weights stay in the first-level cache together go through a tile one after the
@@ -250,11 +281,11 @@ constexpr int64_t kMostBlocks = 8;
 constexpr int64_t kMostWeights = int64_t{16} << 10;
 
 // Blocks [first, first + count) of one group at tiles [begin, end).
-void run_blocks(Layer layer, int64_t first, int64_t count, int64_t begin, int64_t end) {
-  Block blocks[kMostBlocks];
+void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64_t begin,
+                int64_t end) {
   bool simple = true;
   for (int64_t i = 0; i < count; ++i) {
-    blocks[i] = block_of(layer, first + i);
+    set_block(layer, first + i, blocks[i]);
     simple = simple && blocks[i].rule.simple;
   }
   const int64_t last_pixel = layer.args.shape.pixels();
@@ -263,11 +294,12 @@ void run_blocks(Layer layer, int64_t first, int64_t count, int64_t begin, int64_
   layer.x = cursor.x();
   const int64_t end_pixel = end * kTilePixels < last_pixel ? end * kTilePixels : last_pixel;
   Tile tile;
-  while (pixel < end_pixel) {
+  for (; pixel < end_pixel; pixel += kMostPixels) {
     const int64_t left = end_pixel - pixel;
     cursor.take(static_cast<int>(left < kMostPixels ? left : kMostPixels), simple, tile);
-    for (int64_t i = 0; i < count; ++i) run_of(blocks[i], tile)(layer, blocks[i], tile);
-    pixel += kMostPixels;
+    for (int64_t i = 0; i < count; ++i) {
+      run_of(layer, blocks[i], tile)(layer, blocks[i], tile);
+    }
   }
 }
 
@@ -275,18 +307,28 @@ void run_blocks(Layer layer, int64_t first, int64_t count, int64_t begin, int64_
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
   const Conv2dShape& s = args.shape;
+  const Rule rule = layer_rule(args);
+  const SimpleResidual residual = rule.simple_residual;
+  const bool zero = args.zero_point == 0;
   const int64_t run_weights = s.run_quads() * 4 * kChannelBlock;
-  const Layer layer = {.args = args,
-                       .x = args.x,
-                       .rows = s.kernel_height,
-                       .runs = s.runs_per_row(),
-                       .row_step = s.dilation_height * args.x_row_stride,
-                       .run_step = s.dilation_width * args.x_pixel_stride,
-                       .run_weights = run_weights,
-                       .block_weights = s.kernel_height * s.runs_per_row() * run_weights,
-                       .x_step = s.stride_width * args.x_pixel_stride};
+  const int64_t run_step = s.dilation_width * args.x_pixel_stride;
+  Layer layer = {
+      .args = args,
+      .x = args.x,
+      .runs = s.runs_per_row(),
+      .run_step = run_step,
+      .row_step = s.dilation_height * args.x_row_stride - (s.runs_per_row() - 1) * run_step,
+      .run_weights = run_weights,
+      .block_weights = s.kernel_height * s.runs_per_row() * run_weights,
+      .x_step = s.stride_width * args.x_pixel_stride,
+      .narrow = zero ? runners_of<1, false>(residual) : runners_of<1, true>(residual),
+      .wide = zero ? runners_of<2, false>(residual) : runners_of<2, true>(residual)};
+  const int64_t in_group = s.blocks_per_group();
   const int64_t fitting = kMostWeights / layer.block_weights;
-  const int64_t most = fitting < 1 ? 1 : fitting < kMostBlocks ? fitting : kMostBlocks;
+  int64_t most = fitting < 1 ? 1 : fitting < kMostBlocks ? fitting : kMostBlocks;
+  if (most > in_group) most = in_group;
+  Block blocks[kMostBlocks];
+  for (int64_t i = 0; i < most; ++i) blocks[i].rule = rule;
   const int64_t tiles = conv2d_tiles(s);
   for (int64_t unit = begin; unit < end;) {
     const int64_t block = unit / tiles;  // over all groups
@@ -294,12 +336,12 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
     const int64_t last = end - unit < tiles - first ? first + (end - unit) : tiles;
     int64_t count = 1;
     if (first == 0) {
-      const int64_t left = s.blocks_per_group() - block % s.blocks_per_group();
+      const int64_t left = in_group - block % in_group;
       const int64_t whole = (end - unit) / tiles;
       const int64_t wanted = most < left ? most : left;
       count = whole < 1 ? 1 : whole < wanted ? whole : wanted;
     }
-    run_blocks(layer, block, count, first, last);
+    run_blocks(layer, blocks, block, count, first, last);
     unit += count * (last - first);
   }
 }

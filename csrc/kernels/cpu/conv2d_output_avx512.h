@@ -16,29 +16,59 @@ static_assert(kChannelBlock == 2 * kLanes);
 // where (2^23 + zero point) * multiplier is a float32, as it is for a zero point of 0.
 enum class SimpleResidual : uint8_t { none, folded, any };
 
-// How a block's accumulators become outputs. A signed code is computed 128 higher and flipped at
-// the end.
+// How accumulators become outputs. A signed code is computed 128 higher and flipped at the end.
 struct Rule {
-  int64_t channel;  // the block's first, over all groups
-  __m512 multiplier[2];
-  __mmask16 lanes[2];  // channels that exist
-  // For codes only:
+  // Of the layer; all but the residual's for codes only.
   __m512 high;         // the upper bound less the zero point
   __m512i zero_point;  // int16
   __m512i low, flip;   // uint8
   bool residual_signed;
   __m512i residual_zero_point;
   __m512 residual_multiplier;
-
-  bool simple;  // simple_codes() may be used, which reads what follows
-  bool whole;   // no register is partly filled with channels
+  // For simple_codes(). A residual code in the mantissa of 2^23 is the number 2^23 + code.
+  bool simple_layer;
   SimpleResidual simple_residual;
-  // A residual code in the mantissa of 2^23 is the number 2^23 + code.
   __m512i residual_base, residual_bytes;
   __m512 residual_offset;  // 2^23 + its zero point; if folded times the multiplier
+
+  // Of a block of channels.
+  int64_t channel;  // the first, over all groups
+  __m512 multiplier[2];
+  __mmask16 lanes[2];  // channels that exist
+  bool whole;          // no register is partly filled with channels
+  bool simple;         // simple_codes() may be used
 };
 
-// True if the absolute value of all 32 is at most `bound`, of none if one is NaN.
+inline Rule layer_rule(const Conv2dArgs& args) {
+  const int32_t flip = args.lo < 0 ? 128 : 0;
+  Rule rule;
+  rule.high = _mm512_set1_ps(static_cast<float>(args.hi - args.zero_point));
+  rule.zero_point = _mm512_set1_epi16(static_cast<int16_t>(args.zero_point + flip));
+  rule.low = _mm512_set1_epi8(static_cast<char>(args.lo + flip));
+  rule.flip = _mm512_set1_epi8(static_cast<char>(flip));
+  rule.simple_layer = args.output == Conv2dOutput::codes && args.lo == 0 && args.hi == 255;
+  rule.simple_residual = SimpleResidual::none;
+  if (args.residual == nullptr) return rule;
+
+  const int32_t zero_point = args.residual_zero_point;
+  rule.residual_signed = args.residual_signed;
+  rule.residual_zero_point = _mm512_set1_epi32(zero_point);
+  rule.residual_multiplier = _mm512_set1_ps(args.residual_multiplier);
+  rule.simple_layer = rule.simple_layer && !args.residual_signed && zero_point >= 0 &&
+                      zero_point <= 255 && __builtin_fabsf(args.residual_multiplier) <= 0x1p20f;
+  constexpr float kBase = 0x1p23f;
+  const float offset = kBase + static_cast<float>(zero_point);
+  const double product = static_cast<double>(offset) * args.residual_multiplier;
+  const bool folded = static_cast<double>(static_cast<float>(product)) == product;
+  rule.simple_residual = folded ? SimpleResidual::folded : SimpleResidual::any;
+  rule.residual_offset = _mm512_set1_ps(folded ? static_cast<float>(product) : offset);
+  rule.residual_base = _mm512_castps_si512(_mm512_set1_ps(kBase));
+  // Lane i's lowest byte is byte i; the others are not read.
+  rule.residual_bytes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return rule;
+}
+
+// True if the absolute value of all 32 is at most `bound`; a NaN's is not.
 inline bool at_most(const __m512 (&values)[2], float bound) {
   const __m512 bounds = _mm512_set1_ps(bound);
   const __mmask16 first = _mm512_cmp_ps_mask(_mm512_abs_ps(values[0]), bounds, _CMP_LE_OQ);
@@ -46,32 +76,8 @@ inline bool at_most(const __m512 (&values)[2], float bound) {
   return (first & second) == 0xffff;
 }
 
-inline void set_simple(const Conv2dArgs& args, int64_t channels, Rule& rule) {
-  constexpr float kBase = 0x1p23f;
-  // Nothing is NaN and all values are below 2^31, so that converting them cannot overflow.
-  rule.simple = args.lo == 0 && args.hi == 255 && at_most(rule.multiplier, 0.5f);
-  rule.whole = channels % kLanes == 0;
-  rule.simple_residual = SimpleResidual::none;
-  if (args.residual == nullptr) return;
-  const int32_t zero_point = args.residual_zero_point;
-  rule.simple = rule.simple && !args.residual_signed && zero_point >= 0 && zero_point <= 255 &&
-                __builtin_fabsf(args.residual_multiplier) <= 0x1p20f;
-  const float offset = kBase + static_cast<float>(zero_point);
-  const double product = static_cast<double>(offset) * args.residual_multiplier;
-  const bool folded = static_cast<double>(static_cast<float>(product)) == product;
-  rule.simple_residual = folded ? SimpleResidual::folded : SimpleResidual::any;
-  rule.residual_offset = _mm512_set1_ps(folded ? static_cast<float>(product) : offset);
-  rule.residual_base = _mm512_castps_si512(_mm512_set1_ps(kBase));
-  // Lane i's lowest byte from byte i; the others are not written.
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  rule.residual_bytes = lanes;
-}
-
 // `multiplier` is that of the block, of which `channels` exist.
-inline Rule rule_of(const Conv2dArgs& args, const float* multiplier, int64_t channel,
-                    int64_t channels) {
-  const int32_t flip = args.lo < 0 ? 128 : 0;
-  Rule rule;
+inline void set_block(const float* multiplier, int64_t channel, int64_t channels, Rule& rule) {
   rule.channel = channel;
   for (int v = 0; v < 2; ++v) {
     const int64_t left = channels - v * kLanes;
@@ -79,14 +85,15 @@ inline Rule rule_of(const Conv2dArgs& args, const float* multiplier, int64_t cha
     rule.lanes[v] =
         left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1);
   }
-  rule.high = _mm512_set1_ps(static_cast<float>(args.hi - args.zero_point));
-  rule.zero_point = _mm512_set1_epi16(static_cast<int16_t>(args.zero_point + flip));
-  rule.low = _mm512_set1_epi8(static_cast<char>(args.lo + flip));
-  rule.flip = _mm512_set1_epi8(static_cast<char>(flip));
-  rule.residual_signed = args.residual_signed;
-  rule.residual_zero_point = _mm512_set1_epi32(args.residual_zero_point);
-  rule.residual_multiplier = _mm512_set1_ps(args.residual_multiplier);
-  set_simple(args, channels, rule);
+  rule.whole = channels % kLanes == 0;
+  // Nothing is NaN and all values are below 2^31, so that converting them cannot overflow.
+  rule.simple = rule.simple_layer && at_most(rule.multiplier, 0.5f);
+}
+
+inline Rule rule_of(const Conv2dArgs& args, const float* multiplier, int64_t channel,
+                    int64_t channels) {
+  Rule rule = layer_rule(args);
+  set_block(multiplier, channel, channels, rule);
   return rule;
 }
 

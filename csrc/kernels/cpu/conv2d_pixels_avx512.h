@@ -28,6 +28,12 @@ struct Tile {
   Conv2dPlace place[kMostPixels];
 };
 
+// Keeps GCC from computing addresses in vector registers, on whose ports the multiply-adds are.
+inline int64_t scalar(int64_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
 // Goes through output pixels without divisions from one to the next, whose latency would show
 // between tiles.
 class Cursor {
@@ -36,8 +42,6 @@ class Cursor {
   Cursor(const Conv2dArgs& args, int64_t pixel, int64_t group)
       : width_(args.shape.out_width),
         height_(args.shape.out_height),
-        column_(pixel % width_),
-        line_(pixel / width_ % height_),
         step_{args.shape.stride_width * args.x_pixel_stride, args.y_pixel_stride,
               args.residual_pixel_stride},
         row_step_{args.shape.stride_height * args.x_row_stride, args.y_row_stride,
@@ -45,8 +49,11 @@ class Cursor {
         image_step_{args.x_image_stride - height_ * row_step_.x,
                     args.y_image_stride - height_ * row_step_.y,
                     args.residual_image_stride - height_ * row_step_.residual} {
-    const Conv2dPlace place = conv2d_place(args, pixel);
     x_ = args.x + group * args.shape.in_channels;
+    if (pixel == 0) return;
+    const Conv2dPlace place = conv2d_place(args, pixel);
+    column_ = pixel % width_;
+    line_ = pixel / width_ % height_;
     at_ = {conv2d_input(args, pixel) - args.x, place.y, place.residual};
     row_ = plus(at_, -column_, step_);
   }
@@ -77,11 +84,6 @@ class Cursor {
   const uint8_t* x() const { return x_; }
 
  private:
-  // Keeps GCC from computing addresses in vector registers, on whose ports the multiply-adds are.
-  static int64_t scalar(int64_t value) {
-    asm("" : "+r"(value));
-    return value;
-  }
   static Position choose(bool first, Position a, Position b) {
     return {scalar(first ? a.x : b.x), scalar(first ? a.y : b.y),
             scalar(first ? a.residual : b.residual)};
@@ -131,10 +133,10 @@ class Cursor {
     at_ = choose(row_ends, row_, plus(at_, pixels, step_));
   }
 
-  int64_t width_, height_, column_, line_;
+  int64_t width_, height_, column_ = 0, line_ = 0;
   Position step_, row_step_;
-  Position image_step_;  // from the end of an image's last row to the next image
-  Position at_, row_;    // of this pixel and of the first in its row
+  Position image_step_;    // from the end of an image's last row to the next image
+  Position at_{}, row_{};  // of this pixel and of the first in its row
   const uint8_t* x_;
 };
 
