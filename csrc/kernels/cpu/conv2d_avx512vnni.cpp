@@ -111,10 +111,10 @@ class Runs {
     Places(const Conv2dArgs& args, const Tile& tile)
         : y0_(scalar(tile.run[0].y)),
           y1_(scalar(tile.run[1].y)),
-          y_step_(args.y_pixel_stride),
+          y_step_(scalar(args.y_pixel_stride)),
           residual0_(scalar(tile.run[0].residual)),
           residual1_(scalar(tile.run[1].residual)),
-          residual_step_(args.residual_pixel_stride) {}
+          residual_step_(scalar(args.residual_pixel_stride)) {}
     int64_t y(int p) const { return (p < kTilePixels ? y0_ : y1_) + p % kTilePixels * y_step_; }
     int64_t residual(int p) const {
       return (p < kTilePixels ? residual0_ : residual1_) + p % kTilePixels * residual_step_;

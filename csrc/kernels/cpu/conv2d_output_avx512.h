@@ -224,22 +224,38 @@ inline __attribute__((always_inline)) void store_bytes(const Rule& rule, uint8_t
   _mm512_mask_storeu_epi8(to - skip, lanes << skip, codes);
 }
 
-// Sixteen channels' residual.
+// Sixteen bytes in every 128-bit lane. A masked load would take the place of one multiply-add more.
+inline __attribute__((always_inline)) __m512i residual_bytes(const Rule& rule, int lanes,
+                                                             const uint8_t* from) {
+  __m512i bytes;
+  if (__builtin_expect(rule.whole, 1)) {
+    asm("vbroadcasti32x4 %1, %0" : "=v"(bytes) : "m"(*reinterpret_cast<const __m128i_u*>(from)));
+  } else {
+    bytes = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(rule.lanes[lanes], from));
+  }
+  return bytes;
+}
+
+// Sixteen channels' residual. `lowest`: lowest_bytes().
 template <SimpleResidual kResidual>
 inline __attribute__((always_inline)) __m512 simple_residual(const Rule& rule, int lanes,
+                                                             __mmask64 lowest,
                                                              const uint8_t* from) {
-  // A masked load would take the place of one more multiply-add.
-  const __m128i bytes = rule.whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))
-                                   : _mm_maskz_loadu_epi8(rule.lanes[lanes], from);
   __m512 value = _mm512_castsi512_ps(rule.residual_base);
-  const __mmask64 lowest = 0x1111111111111111;
   asm("vpshufb %2, %1, %0%{%3%}"
       : "+v"(value)
-      : "v"(_mm512_broadcast_i32x4(bytes)), "m"(rule.residual_bytes), "Yk"(lowest));
+      : "v"(residual_bytes(rule, lanes, from)), "m"(rule.residual_bytes), "Yk"(lowest));
   if (kResidual == SimpleResidual::folded) {
     return times_minus(value, rule.residual_multiplier, rule.residual_offset);
   }
   return times(minus(value, rule.residual_offset), rule.residual_multiplier);
+}
+
+// A bit for each lane's lowest byte, in a mask register and not loaded again for every use.
+inline __attribute__((always_inline)) __mmask64 lowest_bytes() {
+  __mmask64 lowest = 0x1111111111111111;
+  asm("" : "+Yk"(lowest));
+  return lowest;
 }
 
 // The codes of four registers of sums, side by side. Register i holds channels of half `lanes[i]`
@@ -249,13 +265,14 @@ template <bool kZeroPoint, SimpleResidual kResidual>
 inline __attribute__((always_inline)) __m512i simple_codes(const Rule& rule,
                                                            const __m512i (&sums)[4],
                                                            const int (&lanes)[4],
-                                                           const uint8_t* const (&residual)[4]) {
+                                                           const uint8_t* const (&residual)[4],
+                                                           __mmask64 lowest = lowest_bytes()) {
   __m512i codes[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     __m512 value = times(_mm512_cvtepi32_ps(sums[i]), rule.multiplier[lanes[i]]);
     if (kResidual != SimpleResidual::none) {
-      value = _mm512_add_ps(value, simple_residual<kResidual>(rule, lanes[i], residual[i]));
+      value = _mm512_add_ps(value, simple_residual<kResidual>(rule, lanes[i], lowest, residual[i]));
     }
     codes[i] = _mm512_cvtps_epi32(value);
   }
@@ -276,6 +293,7 @@ template <int kPixels, int kVectors, bool kZeroPoint, SimpleResidual kResidual, 
 inline __attribute__((always_inline)) void store_simple(const Rule& rule, Sum sum, Y y,
                                                         Residual residual) {
   constexpr int kStep = 4 / kVectors;  // pixels in four registers
+  const __mmask64 lowest = lowest_bytes();
 #pragma GCC unroll 7
   for (int first = 0; first < kPixels; first += kStep) {
     __m512i sums[4];
@@ -289,7 +307,7 @@ inline __attribute__((always_inline)) void store_simple(const Rule& rule, Sum su
       sums[i] = sum(p, lanes[i]);
       from[i] = kResidual == SimpleResidual::none ? nullptr : residual(p) + lanes[i] * kLanes;
     }
-    const __m512i codes = simple_codes<kZeroPoint, kResidual>(rule, sums, lanes, from);
+    const __m512i codes = simple_codes<kZeroPoint, kResidual>(rule, sums, lanes, from, lowest);
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; ++i) {
       if (first + i < kPixels) store_bytes<kVectors>(rule, y(first + i), codes, i);
