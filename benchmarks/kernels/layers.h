@@ -34,16 +34,6 @@ inline constexpr const char* kNetworks[] = {"resnet18", "resnet50", "mobilenet_v
 
 // network, count, kernel, stride, in, out, size, kind
 inline constexpr Layer kLayers[] = {
-    {"x", 1, 1, 1, 4, 32, 56},
-    {"x", 1, 1, 1, 8, 32, 56},
-    {"x", 1, 1, 1, 16, 32, 56},
-    {"x", 1, 1, 1, 32, 32, 56},
-    {"x", 1, 1, 1, 64, 32, 56},
-    {"x", 1, 1, 1, 128, 32, 56},
-    {"x", 1, 1, 1, 256, 32, 56},
-    {"x", 1, 1, 1, 512, 32, 56},
-    {"x", 1, 1, 1, 1024, 32, 56},
-    {"x", 1, 1, 1, 2048, 32, 56},
     {"resnet18", 1, 7, 2, 3, 64, 112},
     {"resnet18", 2, 3, 1, 64, 64, 56},
     {"resnet18", 2, 3, 1, 64, 64, 56, Kind::residual_relu},

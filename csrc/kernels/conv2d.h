@@ -56,7 +56,8 @@ struct Conv2dArgs {
   // Bytes; pixels lie side by side. With one image x_image_stride does not matter.
   int64_t x_image_stride = 0, x_row_stride = 0, x_pixel_stride = 0;
   const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
-  // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
+  // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes, and
+  // where the weights of the next call follow, which a path may ask the cache for.
   const int8_t* packed = nullptr;
   const int32_t* offset = nullptr;    // [padded_channels()]
   const float* multiplier = nullptr;  // [padded_channels()]

@@ -10,6 +10,12 @@
 namespace qtoolkit::kernels::avx512vnni {
 namespace {
 
+// Each of a block's first tiles asks for a part of the weights that come next, so that they are in
+// the second-level cache in time. Those of a whole network come from further away: ResNet-18's last
+// layers took 1.7 times the time without this. A quad's step covers its part of the next block.
+constexpr int64_t kAheadParts = 4;
+constexpr int64_t kAheadStep = 4 * kChannelBlock / kAheadParts;
+
 struct Layer;
 struct Block;
 using RunTile = void(const Layer&, const Block&, const Tile&);
@@ -162,13 +168,15 @@ using Sums = __m512i[kPixels][kVectors];
 // The sums stay in registers, as the activation and the weights do.
 template <int kPixels, int kVectors, class Input>
 inline __attribute__((always_inline)) void accumulate(const Layer& layer, const Block& block,
-                                                      Input input, Sums<kPixels, kVectors>& acc) {
+                                                      const Tile& tile, Input input,
+                                                      Sums<kPixels, kVectors>& acc) {
 #pragma GCC unroll 14
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) acc[p][v] = _mm512_loadu_si512(block.offset + v * kLanes);
   }
   const int8_t* w = block.w;
+  const int8_t* ahead = w + tile.ahead;
   const int8_t* const last = w + layer.block_weights;
   int64_t offset = 0, run = 0;
   while (w != last) {
@@ -179,6 +187,8 @@ inline __attribute__((always_inline)) void accumulate(const Layer& layer, const 
       __m512i weight[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      ahead += kAheadStep;
 #pragma GCC unroll 14
       for (int p = 0; p < kPixels; ++p) {
         const __m512i quad = input.quad(p);
@@ -197,7 +207,7 @@ inline __attribute__((always_inline)) void accumulate(const Layer& layer, const 
 template <int kPixels, int kVectors>
 void run_any(const Layer& layer, const Block& block, const Tile& tile) {
   Sums<kPixels, kVectors> acc;
-  accumulate<kPixels, kVectors>(layer, block, Pixels(layer, tile), acc);
+  accumulate<kPixels, kVectors>(layer, block, tile, Pixels(layer, tile), acc);
   alignas(64) int32_t sums[kPixels * kChannelBlock];
 #pragma GCC unroll 14
   for (int p = 0; p < kPixels; ++p) {
@@ -215,7 +225,7 @@ void run_any(const Layer& layer, const Block& block, const Tile& tile) {
 template <class Input, int kPixels, int kVectors, bool kZeroPoint, SimpleResidual kResidual>
 void run_simple(const Layer& layer, const Block& block, const Tile& tile) {
   Sums<kPixels, kVectors> acc;
-  accumulate<kPixels, kVectors>(layer, block, Input(layer, tile), acc);
+  accumulate<kPixels, kVectors>(layer, block, tile, Input(layer, tile), acc);
   uint8_t* const y = static_cast<uint8_t*>(layer.args.y) + block.rule.channel;
   const uint8_t* const residual =
       static_cast<const uint8_t*>(layer.args.residual) + block.rule.channel;
@@ -293,10 +303,14 @@ void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64
   Cursor cursor(layer.args, pixel, first / layer.args.shape.blocks_per_group());
   layer.x = cursor.x();
   const int64_t end_pixel = end * kTilePixels < last_pixel ? end * kTilePixels : last_pixel;
+  const int64_t ahead = count * layer.block_weights;
+  int64_t part = 0;
   Tile tile;
   for (; pixel < end_pixel; pixel += kMostPixels) {
     const int64_t left = end_pixel - pixel;
     cursor.take(static_cast<int>(left < kMostPixels ? left : kMostPixels), simple, tile);
+    tile.ahead = part < kAheadParts ? ahead + part * layer.block_weights / kAheadParts : 0;
+    ++part;
     for (int64_t i = 0; i < count; ++i) {
       run_of(layer, blocks[i], tile)(layer, blocks[i], tile);
     }

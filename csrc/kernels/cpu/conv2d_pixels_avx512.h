@@ -20,6 +20,7 @@ struct Position {
 // Up to kMostPixels output pixels.
 struct Tile {
   int pixels;
+  int64_t ahead;  // where weights are asked for, in bytes from those that are used
   // True if they are runs of kTilePixels pixels, each within a row. Then only the runs' first
   // pixels are given, else all.
   bool in_runs;
