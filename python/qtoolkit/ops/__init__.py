@@ -46,6 +46,16 @@ from qtoolkit.ops.low_bit import (
     fake_quantize_float,
     fake_quantize_ternary,
 )
+from qtoolkit.ops.shapes import (
+    channel_shuffle,
+    mean,
+    pad,
+    pixel_shuffle,
+    pixel_unshuffle,
+    sum,
+    upsample_bilinear2d,
+    upsample_nearest2d,
+)
 from qtoolkit.ops.statistics import (
     histogram,
     min_max,
@@ -60,6 +70,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_act",
     "cat",
+    "channel_shuffle",
     "conv2d",
     "conv2d_train",
     "dequantize_per_channel",
@@ -80,10 +91,17 @@ __all__ = [
     "lookup",
     "max_pool2d",
     "max_pool2d_train",
+    "mean",
     "min_max",
     "min_max_per_channel",
     "observe_fake_quantize",
+    "pad",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",
+    "sum",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
 ]

@@ -4,7 +4,18 @@ The order of the imports is the order of precedence.
 """
 
 # isort: off
-from qtoolkit.graph.patterns import conv, linear, add, cat, batch_norm, relu, lookup, avg_pool
+from qtoolkit.graph.patterns import (
+    conv,
+    linear,
+    add,
+    cat,
+    batch_norm,
+    relu,
+    lookup,
+    avg_pool,
+    mean,
+    upsample,
+)
 
 # isort: on
 from qtoolkit.graph.patterns.registry import (
@@ -27,8 +38,10 @@ __all__ = [
     "conv",
     "linear",
     "lookup",
+    "mean",
     "pattern_of",
     "patterns",
     "register_pattern",
     "relu",
+    "upsample",
 ]
