@@ -19,6 +19,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "conv2d",
                            "linear",
                            "add",
+                           "mul",
                            "requantize",
                            "lookup",
                            "batch_norm",

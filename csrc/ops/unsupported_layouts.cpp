@@ -42,6 +42,7 @@ void refuse_all(torch::Library& m) {
                            "conv2d",
                            "linear",
                            "add",
+                           "mul",
                            "requantize",
                            "lookup",
                            "batch_norm",

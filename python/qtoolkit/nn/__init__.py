@@ -3,7 +3,7 @@
 from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
-from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
+from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
 from qtoolkit.nn.linear import Linear
 from qtoolkit.nn.lookup import Lookup
 from qtoolkit.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool2d, MaxPool2d
@@ -21,6 +21,7 @@ __all__ = [
     "Linear",
     "Lookup",
     "MaxPool2d",
+    "Mul",
     "QParams",
     "Quantize",
     "QuantizedModule",

@@ -4,7 +4,7 @@ The order of the imports is the order of precedence.
 """
 
 # isort: off
-from qtoolkit.graph.patterns import conv, linear, add, cat, batch_norm, relu, lookup, avg_pool
+from qtoolkit.graph.patterns import conv, linear, add, mul, cat, batch_norm, relu, lookup, avg_pool
 
 # isort: on
 from qtoolkit.graph.patterns.registry import (
@@ -27,6 +27,7 @@ __all__ = [
     "conv",
     "linear",
     "lookup",
+    "mul",
     "pattern_of",
     "patterns",
     "register_pattern",
