@@ -18,6 +18,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "histogram",
                            "conv2d",
                            "linear",
+                           "linear_dynamic",
                            "add",
                            "mul",
                            "requantize",
@@ -27,6 +28,14 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "max_pool2d_train_backward",
                            "avg_pool2d",
                            "adaptive_avg_pool2d",
+                           "upsample_nearest2d",
+                           "upsample_bilinear2d",
+                           "pad",
+                           "channel_shuffle",
+                           "pixel_shuffle",
+                           "pixel_unshuffle",
+                           "mean",
+                           "sum",
                            "cat"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }

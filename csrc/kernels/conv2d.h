@@ -4,7 +4,8 @@
 //   y       = clamp(rne(float(acc) * multiplier[c] + r) + zero_point, lo, hi)
 //   r       = float(residual - residual_zero_point) * residual_multiplier, or absent
 // or, with float output,
-//   y       = float(acc) * multiplier[c], then max(y, 0) if relu.
+//   y       = float(acc) * multiplier[c], then max(y, 0) if relu,
+// or, with int32 output (of conv2d alone), y = acc.
 //
 // x holds unsigned codes, with the zero point in the border, so no tap needs a check; the caller
 // folds the zero point and the bias into offset: offset[c] = bias[c] - x_zero_point * sum(w[c]).
@@ -47,7 +48,7 @@ struct Conv2dShape {
   int64_t pixels() const { return images * out_height * out_width; }  // of the output
 };
 
-enum class Conv2dOutput : uint8_t { codes, float32 };
+enum class Conv2dOutput : uint8_t { codes, float32, int32 };
 
 struct Conv2dArgs {
   Conv2dShape shape;
@@ -61,8 +62,9 @@ struct Conv2dArgs {
   const float* multiplier = nullptr;  // [padded_channels()]
 
   Conv2dOutput output = Conv2dOutput::codes;
-  // NHWC, groups * out_channels side by side in a pixel, uint8/int8 codes or float32. Strides are
-  // in elements; without gaps a row is out_width * y_pixel_stride and an image out_height rows.
+  // NHWC, groups * out_channels side by side in a pixel, uint8/int8 codes, float32 or int32.
+  // Strides in elements; without gaps a row is out_width * y_pixel_stride and an image out_height
+  // rows.
   void* y = nullptr;
   int64_t y_image_stride = 0, y_row_stride = 0, y_pixel_stride = 0;
   int32_t zero_point = 0, lo = 0, hi = 255;  // codes

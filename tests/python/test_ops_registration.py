@@ -168,6 +168,10 @@ SAMPLES = {
         ),
     ],
     "linear": [(*make_linear_case((2, 3)).values(), True)],
+    "linear_dynamic": [
+        (floats(), random_codes((7, 5), torch.int8), torch.rand(7) + 0.1, torch.rand(7), "gelu"),
+        (floats(True).bfloat16(), random_codes((7, 5), torch.int8), S, None, "none"),
+    ],
     "add": [
         (codes(), S, Z, codes(torch.int8), S, Z, S, Z, 0, 255, False),
         (codes().to(memory_format=LAST), S, Z, codes()[:1], S, Z, S, Z, 0, 255, True),
@@ -227,6 +231,27 @@ SAMPLES = {
         ),
     ],
     "adaptive_avg_pool2d": [(codes(), S, Z, (2, 3), S, Z, 0, 255)],
+    "pad": [
+        (codes(), S, Z, (1, 2, 0, 1), "reflect"),
+        (codes(torch.int8).to(memory_format=LAST), S, Z, (1, 0, 0, 0, 2, 1), "constant"),
+    ],
+    "upsample_nearest2d": [
+        (codes(), (7, 6), None, False),
+        (codes(torch.int8).to(memory_format=LAST), None, (2.0, 1.5), True),
+    ],
+    "upsample_bilinear2d": [
+        (codes(), S, Z, (7, 6), None, False, S, Z, -128, 127),
+        (codes().to(memory_format=LAST), S, Z, None, (2.0, 1.5), True, S, Z, 0, 255),
+    ],
+    "channel_shuffle": [(codes(), 3), (codes(torch.int8).to(memory_format=LAST), 1)],
+    "pixel_shuffle": [(random_codes((2, 8, 3, 5)), 2)],
+    "pixel_unshuffle": [(random_codes((2, 3, 4, 6)), 2)],
+    "mean": [
+        (codes(), S, Z, (1, -1), True, S, Z, 0, 255),
+        (codes().to(memory_format=LAST), S, Z, (2, 3), True, S, Z, -128, 127),
+        (codes().to(memory_format=LAST), S, Z, (2,), False, S, Z, 0, 255),
+    ],
+    "sum": [(codes(torch.int8), S, Z, (0,), False, S, Z, 0, 255)],
     "cat": [
         ([codes(), codes()], [S, S], [Z, Z], 1, S, Z, 0, 255),
         ([codes().to(memory_format=LAST), codes()], [S, S], [Z, Z], -3, S, Z, 0, 255),

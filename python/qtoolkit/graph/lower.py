@@ -202,7 +202,7 @@ class _Lowering:
             self._replace(node, source)
             self.graph.erase_node(node)
             return
-        lowered = lower_same_values(node, self.module)
+        lowered = lower_same_values(node, self.module, self.codes[source])
         if isinstance(lowered, str):
             node.target = lowered
         elif lowered is not None:

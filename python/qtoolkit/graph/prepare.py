@@ -11,6 +11,7 @@ from torch import fx, nn
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.graph.capture import Capture, Uncaptured
 from qtoolkit.graph.fuse_qat import fuse_qat
+from qtoolkit.graph.idioms import find_channel_shuffles, split_padding
 from qtoolkit.graph.modules import called_module, free_name, graph_modules
 from qtoolkit.graph.normalize import (
     float_node,
@@ -26,6 +27,7 @@ from qtoolkit.graph.patterns import Match, pattern_of
 from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.graph.plain import not_plain
 from qtoolkit.graph.report import FloatLayer, Report, set_report
+from qtoolkit.graph.resizing import replace_upsample
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
 from qtoolkit.graph.shared import SharedObserver, shared_ranges
@@ -48,8 +50,11 @@ def prepare_model(
     propagate_shapes(capture.model, example_inputs)
     for _, module in graph_modules(capture.model):
         settle_calls(module)
+        find_channel_shuffles(module)
+        replace_upsample(module)
         functions_to_modules(module)
         separate_shared_layers(module)
+        split_padding(module)
     failure = capture.difference()
     if failure:
         capture.give_up(f"the rewritten graph {failure}")

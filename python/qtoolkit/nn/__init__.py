@@ -6,7 +6,22 @@ from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
 from qtoolkit.nn.linear import Linear
 from qtoolkit.nn.lookup import Lookup
-from qtoolkit.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool2d, MaxPool2d
+from qtoolkit.nn.moving import (
+    ChannelShuffle,
+    Pad,
+    PixelShuffle,
+    PixelUnshuffle,
+    UpsampleNearest2d,
+)
+from qtoolkit.nn.pooling import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    GlobalAvgPool2d,
+    MaxPool2d,
+    Mean,
+    Sum,
+)
+from qtoolkit.nn.upsample import UpsampleBilinear2d
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -14,6 +29,7 @@ __all__ = [
     "AvgPool2d",
     "BatchNorm2d",
     "Cat",
+    "ChannelShuffle",
     "Conv2d",
     "DepthwiseConv2d",
     "Dequantize",
@@ -21,11 +37,18 @@ __all__ = [
     "Linear",
     "Lookup",
     "MaxPool2d",
+    "Mean",
     "Mul",
+    "Pad",
+    "PixelShuffle",
+    "PixelUnshuffle",
     "QParams",
     "Quantize",
     "QuantizedModule",
     "ReLU",
+    "Sum",
+    "UpsampleBilinear2d",
+    "UpsampleNearest2d",
     "functional",
     "qat",
 ]

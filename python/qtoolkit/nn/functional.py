@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Add(nn.Module):
@@ -64,6 +65,87 @@ class GlobalAvgPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), self.keepdim)
+
+
+class Mean(nn.Module):
+    """``x.mean(dims, keepdim)``."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "mean"
+
+    def __init__(self, dims: list[int], keepdim: bool) -> None:
+        super().__init__()
+        self.dims = dims
+        self.keepdim = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dims, self.keepdim)
+
+
+class Sum(Mean):
+    """``x.sum(dims, keepdim)``."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "sum"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(self.dims, self.keepdim)
+
+
+class Pad(nn.Module):
+    """``functional.pad(x, pad, mode)``, with 0 where the mode is ``"constant"``."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor, pad: list[int]) -> Tensor:
+        return functional.pad(x, pad, self.mode)
+
+
+class Upsample2d(nn.Module):
+    """``functional.interpolate`` of ``[N, C, H, W]``: by factors, or to a size given at the call.
+
+    Args:
+        mode: ``"nearest"``, ``"nearest-exact"`` or ``"bilinear"``.
+        scale_factors: for height and width; None where the size is given.
+        align_corners: of mode ``"bilinear"``.
+        recompute: positions follow from the sizes, not from the factors.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        scale_factors: list[float] | None,
+        align_corners: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mode = mode
+        self.scale_factors = scale_factors
+        self.align_corners = align_corners
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
+        return functional.interpolate(
+            x,
+            size,
+            self.scale_factors,
+            self.mode,
+            self.align_corners if self.mode == "bilinear" else None,
+            self.recompute or None,
+        )
+
+
+class UpsampleNearest2d(Upsample2d):
+    """``Upsample2d`` in mode ``"nearest"`` or ``"nearest-exact"``, which only moves values."""
+
+
+class UpsampleBilinear2d(Upsample2d):
+    """``Upsample2d`` in mode ``"bilinear"``."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "interpolate"
 
 
 class WithNumber(nn.Module):

@@ -131,3 +131,49 @@ class GlobalAvgPool2d(AdaptiveAvgPool2d):
             self.quant_max,
         )
         return y if self.keepdim else y.flatten(1)
+
+
+class Mean(QuantizedModule):
+    """Mean over dimensions with a change of scale."""
+
+    kernel = "avg_pool2d"
+
+    def __init__(self, dims: list[int], keepdim: bool, *, input: QParams, output: QParams) -> None:
+        super().__init__()
+        self.dims = list(dims)
+        self.keepdim = keepdim
+        self._register_qparams("input", input)
+        self._register_output(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.mean(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.dims,
+            self.keepdim,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def formats(self) -> str:
+        return f"8-bit -> {code_format(self.quant_min)}"
+
+
+class Sum(Mean):
+    """Sum over dimensions with a change of scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sum(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.dims,
+            self.keepdim,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )

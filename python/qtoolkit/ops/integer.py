@@ -126,6 +126,35 @@ def linear(
     )
 
 
+def linear_dynamic(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    activation: str = "none",
+) -> Tensor:
+    """The fully connected layer on float rows that are quantized here, each by its own range.
+
+    x: float32, float16 or bfloat16 [..., K]; the result [..., OC] has its dtype. Each row of K
+    values (a token) becomes uint8 codes for the range [min(0, least), max(0, greatest)], with the
+    scale and zero point of an affine observer. A row that holds NaN or infinity gives NaN.
+    weight: int8 [OC, K] with zero point 0; weight_scale: float32 [OC] or one element.
+    bias: float32 [OC], or None.
+    activation: "none", "relu", "gelu" (exact), "gelu_tanh" (its approximation) or "silu".
+
+    The sums of products are exact in int32; then, in float32 and rounded once an operation,
+    y = activation(float(acc) * (row_scale * weight_scale[c]) + bias[c]). 16-bit results are rounded
+    once more at the end.
+
+    Dynamic quantization as in torch.ao.quantization.quantize_dynamic, but with a scale for each row
+    as in Yao et al., "ZeroQuant" (2022). GELU: Hendrycks & Gimpel, "Gaussian Error Linear Units"
+    (2016).
+
+    The weight is packed once and kept, as in conv2d. There is no gradient.
+    """
+    return torch.ops.qtoolkit.linear_dynamic(x, weight, weight_scale, bias, activation)
+
+
 def add(
     a: Tensor,
     a_scale: Tensor,

@@ -4,7 +4,19 @@ The order of the imports is the order of precedence.
 """
 
 # isort: off
-from qtoolkit.graph.patterns import conv, linear, add, mul, cat, batch_norm, relu, lookup, avg_pool
+from qtoolkit.graph.patterns import (
+    conv,
+    linear,
+    add,
+    mul,
+    cat,
+    batch_norm,
+    relu,
+    lookup,
+    avg_pool,
+    mean,
+    upsample,
+)
 
 # isort: on
 from qtoolkit.graph.patterns.registry import (
@@ -27,9 +39,11 @@ __all__ = [
     "conv",
     "linear",
     "lookup",
+    "mean",
     "mul",
     "pattern_of",
     "patterns",
     "register_pattern",
     "relu",
+    "upsample",
 ]

@@ -18,7 +18,7 @@ from qtoolkit.nn.qat import weighted
 from qtoolkit.qconfig import QConfig
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     """The padding on both sides; None where the two sides differ ("same" with an even kernel)."""
     if conv.padding == "valid":
         return (0, 0)
@@ -42,7 +42,7 @@ class ConvPattern(Pattern):
         assert isinstance(module, nn.Conv2d)
         if module.padding_mode != "zeros":
             return f"padding_mode={module.padding_mode!r} has no integer kernel"
-        if _padding(module) is None:
+        if symmetric_padding(module) is None:
             return "padding='same' that differs between the sides has no integer kernel"
         return too_many_products(module.weight)
 
@@ -84,7 +84,7 @@ class ConvPattern(Pattern):
         conv = module.get_submodule(str(match.anchor.target))
         assert isinstance(conv, nn.Conv2d)
         weight, bias = integer_weight_and_bias(conv, match, qconfig)
-        padding = _padding(conv)
+        padding = symmetric_padding(conv)
         assert padding is not None
         return make_conv2d(
             weight,

@@ -1,7 +1,7 @@
 // Speed of the element-wise kernels on one core, on codes that lie in the first-level cache and in
 // the second: codes a nanosecond, and the share of what memcpy reaches there.
 //
-//   elementwise_kernel [path]     one of kernels/path.h's names; the selected path if absent
+//   elementwise_benchmark [path]     one of kernels/path.h's names; the selected path if absent
 
 #include <algorithm>
 #include <chrono>
