@@ -13,6 +13,7 @@ from qtoolkit import export, nn, observers, ops
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
 from qtoolkit.distributed import synchronize
+from qtoolkit.dynamic import quantize_dynamic
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
@@ -62,5 +63,6 @@ __all__ = [
     "ops",
     "prepare",
     "prepare_qat",
+    "quantize_dynamic",
     "synchronize",
 ]

@@ -45,7 +45,7 @@ PYTHON_LAYERS = [
     {"nn"},
     {"distributed"},
     {"graph"},
-    {"workflow", "presets", "training", "export", "metrics", "explain", "compare"},
+    {"workflow", "dynamic", "presets", "training", "export", "metrics", "explain", "compare"},
     {""},  # the package itself
 ]
 MAY_NAME_TORCH_OPS = {"ops", "_library"}
