@@ -12,8 +12,8 @@ from qtoolkit import _library  # isort: skip  (loads the operators, which the re
 from qtoolkit import export, nn, observers, ops
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
+from qtoolkit.compile import compile
 from qtoolkit.distributed import synchronize
-from qtoolkit.dynamic import quantize_dynamic
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
@@ -45,6 +45,7 @@ __all__ = [
     "_library",
     "calibrate",
     "compare",
+    "compile",
     "convert",
     "disable_fake_quant",
     "distillation_loss",
@@ -63,6 +64,5 @@ __all__ = [
     "ops",
     "prepare",
     "prepare_qat",
-    "quantize_dynamic",
     "synchronize",
 ]
