@@ -14,6 +14,7 @@ from qtoolkit._version import __version__
 from qtoolkit.compare import compare
 from qtoolkit.compile import compile
 from qtoolkit.distributed import synchronize
+from qtoolkit.dynamic import quantize_dynamic
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
@@ -64,5 +65,6 @@ __all__ = [
     "ops",
     "prepare",
     "prepare_qat",
+    "quantize_dynamic",
     "synchronize",
 ]

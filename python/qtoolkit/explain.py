@@ -58,14 +58,17 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Explains a prepared, converted or compiled model, layer by layer.
+    """Explains a prepared, converted, compiled or dynamically quantized model, layer by layer.
 
     Raises:
-        ValueError: the model is neither.
+        ValueError: the model is none of these.
     """
     report = get_report(model)
     if report is None:
-        raise ValueError("explain needs the result of qt.prepare, qt.prepare_qat or qt.convert")
+        raise ValueError(
+            "explain needs the result of qt.prepare, qt.prepare_qat, qt.convert or "
+            "qt.quantize_dynamic"
+        )
     layers = []
     # A fake-quantize module and its observer are of one tensor.
     inner = {m.observer for m in model.modules() if isinstance(m, FakeQuantize)}

@@ -45,7 +45,17 @@ PYTHON_LAYERS = [
     {"nn"},
     {"distributed"},
     {"graph"},
-    {"workflow", "presets", "training", "export", "metrics", "explain", "compare", "compile"},
+    {
+        "workflow",
+        "dynamic",
+        "presets",
+        "training",
+        "export",
+        "metrics",
+        "explain",
+        "compare",
+        "compile",
+    },
     {""},  # the package itself
 ]
 # TorchScript cannot pass a plan to a Python function, so its module calls the operator.
