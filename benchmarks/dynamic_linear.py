@@ -3,8 +3,8 @@
     python benchmarks/dynamic_linear.py --threads 1
     python benchmarks/dynamic_linear.py --threads 2 --isa avx512vnni
 
-All have the same float layer's weights, quantized by their own rules, and take turns in every round.
-`--isa avx512vnni` holds everything to AVX512-VNNI (see _machine.py for how); `native` lets each take
+All quantize the weights of the same float layer, by their own rules, and take turns in every round.
+`--isa avx512vnni` holds everything to AVX512-VNNI (_machine.py says how); `native` lets each take
 what it likes, AMX where the CPU has it. ONNX Runtime takes part where it is installed
 (pip install onnx onnxruntime).
 """
@@ -134,7 +134,7 @@ def main() -> None:
             x = torch.randn(count, args.in_features)
             reference = linear(x)
             sqnr = {n: _bench.sqnr_db(reference, torch.as_tensor(f(x))) for n, f in made.items()}
-            runs = {name: (lambda f=f: f(x)) for name, f in made.items()}
+            runs = {name: (lambda f=f, x=x: f(x)) for name, f in made.items()}
             samples = time_interleaved(runs, args.rounds, seconds=0.03)
             best = {name: min(values) for name, values in samples.items()}
             median = {name: statistics.median(values) for name, values in samples.items()}
