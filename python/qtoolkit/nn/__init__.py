@@ -4,7 +4,7 @@ from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
-from qtoolkit.nn.linear import Linear
+from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
 from qtoolkit.nn.moving import (
     ChannelShuffle,
@@ -33,6 +33,7 @@ __all__ = [
     "Conv2d",
     "DepthwiseConv2d",
     "Dequantize",
+    "DynamicLinear",
     "GlobalAvgPool2d",
     "Linear",
     "Lookup",
