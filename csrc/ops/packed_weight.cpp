@@ -1,5 +1,7 @@
 #include "ops/packed_weight.h"
 
+#include <ATen/ops/empty.h>
+
 #include <cstdlib>
 #include <limits>
 
@@ -17,6 +19,17 @@ void check_channel(const char* op, int64_t channel, int64_t bias, int64_t absolu
                     "channel or keep this layer in float");
 }
 
+// The weight of one of a transposed convolution's convolutions.
+Tensor part_of(const Tensor& weight, const WeightRequest& request) {
+  const kernels::Conv2dShape& s = request.shape;
+  Tensor part = at::empty(
+      {s.groups * s.out_channels, s.in_channels, s.kernel_height, s.kernel_width}, at::kChar);
+  kernels::transposed_weight(s, request.transposed->rows, request.transposed->columns,
+                             weight.size(2), weight.size(3), weight.const_data_ptr<int8_t>(),
+                             part.mutable_data_ptr<int8_t>());
+  return part;
+}
+
 }  // namespace
 
 std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request) {
@@ -24,6 +37,7 @@ std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request) {
   auto result = std::make_shared<PackedWeight>();
   Tensor weight = request.weight;
   if (!weight.is_contiguous()) weight = result->canonical = weight.contiguous();
+  if (request.transposed) weight = result->canonical = part_of(weight, request);
   const auto* w = weight.const_data_ptr<int8_t>();
   result->size = request.depthwise ? weight.numel() : shape.packed_bytes();
   result->bytes = aligned_buffer<int8_t>(result->size);
