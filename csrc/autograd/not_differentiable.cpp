@@ -28,6 +28,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "max_pool2d_train_backward",
                            "avg_pool2d",
                            "adaptive_avg_pool2d",
+                           "run_plan",
                            "upsample_nearest2d",
                            "upsample_bilinear2d",
                            "pad",

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <vector>
 
 #include "kernels/conv2d.h"
+#include "kernels/conv2d_terms.h"
 #include "kernels/conv_transpose2d.h"
 #include "ops/aligned_buffer.h"
 #include "ops/checks.h"
@@ -39,15 +39,11 @@ struct PackedWeight {
   Tensor canonical;  // contiguous; undefined where the weight itself serves
   AlignedBuffer<int8_t> bytes;
   int64_t size = 0;  // of bytes
-  // Of each output channel's weights, and of their absolute values.
-  std::vector<int64_t> sum, absolute_sum;
+  kernels::WeightSums sums;
 };
 
-// Depends on the scales, the zero point and the bias too; in the kernels' order of channels.
-struct ChannelTerms {
-  std::vector<int32_t> offset;
-  std::vector<float> multiplier;
-};
+// Depends on the scales, the zero point and the bias too.
+using kernels::ChannelTerms;
 
 std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request);
 

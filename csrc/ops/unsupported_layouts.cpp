@@ -61,6 +61,7 @@ void refuse_all(torch::Library& m) {
                            "mean",
                            "sum",
                            "cat",
+                           "run_plan",
                            "conv2d_train",
                            "max_pool2d_train",
                            "max_pool2d_train_backward"}) {

@@ -271,7 +271,8 @@ def test_every_operator_has_a_sample_and_a_wrapper():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("qtoolkit::")
     }
-    assert registered == set(SAMPLES)
+    # run_plan takes an object that opcheck cannot make; tests/python/test_compile.py is about it.
+    assert registered - {"run_plan"} == set(SAMPLES)
     internal = {name for name in registered if not hasattr(ops, name)}
     assert {
         name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))

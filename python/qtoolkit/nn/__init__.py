@@ -4,7 +4,7 @@ from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
-from qtoolkit.nn.linear import Linear
+from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
 from qtoolkit.nn.moving import (
     ChannelShuffle,
@@ -35,6 +35,7 @@ __all__ = [
     "ConvTranspose2d",
     "DepthwiseConv2d",
     "Dequantize",
+    "DynamicLinear",
     "GlobalAvgPool2d",
     "Linear",
     "Lookup",

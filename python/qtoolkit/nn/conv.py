@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 from qtoolkit.nn.weights import IntegerWeight, quantize_bias, swap_channels
 
 
@@ -69,6 +70,23 @@ class Conv2d(QuantizedModule):
             self.residual_scale,
             self.residual_zero_point,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep(
+            "conv2d",
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            relu=self.relu,
+        )
+        step.constant("weight", self.weight)
+        step.constant("weight_scale", self.weight_scale.reshape(-1))
+        step.constant("bias", self.bias)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.input("residual", self.residual_scale, self.residual_zero_point, dtypes[-1])
+        step.output(self)
+        return step
 
     def formats(self) -> str:
         output = "float32" if self.output_scale is None else code_format(self.quant_min)

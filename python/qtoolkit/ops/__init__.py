@@ -47,6 +47,7 @@ from qtoolkit.ops.low_bit import (
     fake_quantize_float,
     fake_quantize_ternary,
 )
+from qtoolkit.ops.plan import make_plan, run_plan
 from qtoolkit.ops.shapes import (
     channel_shuffle,
     mean,
@@ -91,6 +92,7 @@ __all__ = [
     "linear",
     "linear_dynamic",
     "lookup",
+    "make_plan",
     "max_pool2d",
     "max_pool2d_train",
     "mean",
@@ -103,6 +105,7 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",
+    "run_plan",
     "sum",
     "upsample_bilinear2d",
     "upsample_nearest2d",
