@@ -46,6 +46,9 @@ struct Conv2dShape {
     return padded_channels() * kernel_height * runs_per_row() * run_quads() * 4;
   }
   int64_t pixels() const { return images * out_height * out_width; }  // of the output
+  int64_t weights() const {
+    return groups * out_channels * in_channels * kernel_height * kernel_width;
+  }
 };
 
 enum class Conv2dOutput : uint8_t { codes, float32, int32 };
@@ -55,8 +58,10 @@ struct Conv2dArgs {
   const uint8_t* x = nullptr;  // first tap of the first output pixel, channel 0 of group 0
   // Bytes; pixels lie side by side. With one image x_image_stride does not matter.
   int64_t x_image_stride = 0, x_row_stride = 0, x_pixel_stride = 0;
-  const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
-  // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
+  // Canonical [groups * out_channels, in_channels, kh, kw]: for the reference alone, which unpacks
+  // `packed` where it is nullptr.
+  const int8_t* weight = nullptr;
+  // pack_conv2d_weight's; fastest at a multiple of 64 bytes.
   const int8_t* packed = nullptr;
   const int32_t* offset = nullptr;    // [padded_channels()]
   const float* multiplier = nullptr;  // [padded_channels()]
@@ -102,11 +107,13 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end);
 // The layout of every CPU path: [group][block][kernel_height][run][quad][kChannelBlock][4].
 // packed holds shape.packed_bytes() bytes.
 void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
+void unpack_conv2d_weight(const Conv2dShape& shape, const int8_t* packed, int8_t* weight);
 
 // Depthwise: groups == channels, one input and one output channel each (in_channels and
 // out_channels of the shape are 1). packed is [kernel_height * kernel_width][channels]; offset and
 // multiplier have `groups` entries. Units of work are output rows. One image in a call.
 void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end);
 void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
+void unpack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* packed, int8_t* weight);
 
 }  // namespace qtoolkit::kernels

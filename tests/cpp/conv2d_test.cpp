@@ -345,5 +345,35 @@ INSTANTIATE_TEST_SUITE_P(Kernels, Conv2dPaths,
                          ::testing::Values(Kernel::conv2d, Kernel::conv2d_depthwise),
                          [](const auto& info) { return std::string(name(info.param)); });
 
+TEST(Conv2dPack, UnpackingGivesTheWeightBack) {
+  const Conv2dShape shapes[] = {
+      {.in_channels = 3, .out_channels = 33, .kernel_height = 7, .kernel_width = 7},
+      {.groups = 2, .in_channels = 5, .out_channels = 31, .kernel_height = 1, .kernel_width = 3},
+      {.in_channels = 6,
+       .out_channels = 4,
+       .kernel_height = 3,
+       .kernel_width = 2,
+       .dilation_width = 2},
+  };
+  Random random(7);
+  for (const Conv2dShape& s : shapes) {
+    const auto count = static_cast<size_t>(s.groups * s.out_channels * s.in_channels *
+                                           s.kernel_height * s.kernel_width);
+    std::vector<int8_t> weight(count), again(count), packed(static_cast<size_t>(s.packed_bytes()));
+    for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
+    pack_conv2d_weight(s, weight.data(), packed.data());
+    unpack_conv2d_weight(s, packed.data(), again.data());
+    EXPECT_EQ(again, weight);
+  }
+  const Conv2dShape depthwise{
+      .groups = 37, .in_channels = 1, .out_channels = 1, .kernel_height = 3, .kernel_width = 5};
+  std::vector<int8_t> weight(37 * 15), packed(weight.size()), again(weight.size());
+  for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
+  pack_conv2d_depthwise_weight(depthwise, weight.data(), packed.data());
+  unpack_conv2d_depthwise_weight(depthwise, packed.data(), again.data());
+  EXPECT_EQ(again, weight);
+  EXPECT_NE(packed, weight);
+}
+
 }  // namespace
 }  // namespace qtoolkit::kernels

@@ -6,8 +6,10 @@ The order of the imports is the order of precedence.
 # isort: off
 from qtoolkit.graph.patterns import (
     conv,
+    conv_transpose,
     linear,
     add,
+    mul,
     cat,
     batch_norm,
     relu,
@@ -36,9 +38,11 @@ __all__ = [
     "batch_norm",
     "cat",
     "conv",
+    "conv_transpose",
     "linear",
     "lookup",
     "mean",
+    "mul",
     "pattern_of",
     "patterns",
     "register_pattern",
