@@ -272,42 +272,54 @@ double Plan::time_of(const Strategy& strategy, std::span<const Outside> inputs, 
   std::vector<void*> results;
   for (const Outside& input : inputs) data.push_back(zeros(input));
   for (const Outside& output : outputs(inputs)) results.push_back(zeros(output));
-  double least = std::numeric_limits<double>::infinity();
-  for (int run = 0; run < 3; ++run) {
-    const auto start = std::chrono::steady_clock::now();
-    run_as(strategy, inputs, data, results, threads, team);
-    const auto time = std::chrono::steady_clock::now() - start;
-    least = std::min(least, std::chrono::duration<double>(time).count());
-  }
-  return least;
+  const auto start = std::chrono::steady_clock::now();
+  run_as(strategy, inputs, data, results, threads, team);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& team) {
+  constexpr int64_t kMostImages = 8;  // at a time
   const int64_t batch = batch_of(inputs);
   if (batch == 0) return;
   outputs(inputs);  // the inputs fit
   std::vector<Strategy> candidates;
-  if (batch < threads || batch == 1) candidates.push_back({batch, true});
-  for (int64_t images = 1; images <= std::min<int64_t>(batch, 8) && batch >= threads && batch > 1;
-       images *= 2) {
-    candidates.push_back({images, threads == 1});
+  if (batch < threads || batch == 1) {
+    candidates.push_back({batch, true});
+  } else {
+    for (int64_t images = 1; images <= std::min(batch, kMostImages); images *= 2) {
+      candidates.push_back({images, threads == 1});
+    }
   }
   // An empty tuning makes the next instance of that size tune itself.
-  const auto tune_instance = [&](int64_t images, int64_t team_size) {
-    const Key key = key_of(kInstance, with_images(inputs, images), team_size);
+  for (const Strategy& candidate : candidates) {
+    const int64_t team_size = candidate.together ? threads : 1;
+    const Key key = key_of(kInstance, with_images(inputs, candidate.images), team_size);
     const std::scoped_lock lock(mutex_);
     tuning_.try_emplace(key);
     instances_.remove_if([&](const auto& entry) { return entry.first == key; });
-  };
+  }
   Strategy best = candidates.front();
-  double least = std::numeric_limits<double>::infinity();
-  for (const Strategy& candidate : candidates) {
-    tune_instance(candidate.images, candidate.together ? threads : 1);
-    const double time = time_of(candidate, inputs, threads, team);
-    if (time < 0.99 * least) {
-      least = time;
-      best = candidate;
+  if (candidates.size() > 1) {
+    // As many images as keep all threads busy with every candidate, in turns.
+    const std::vector<Outside> some =
+        with_images(inputs, std::min(batch, candidates.back().images * threads));
+    constexpr int kRounds = 3;
+    std::vector<double> least(candidates.size(), std::numeric_limits<double>::infinity());
+    for (int round = 0; round < kRounds; ++round) {
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        if (round == 0) time_of(candidates[i], some, threads, team);  // makes its instance
+        least[i] = std::min(least[i], time_of(candidates[i], some, threads, team));
+      }
     }
+    double time = std::numeric_limits<double>::infinity();
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      if (least[i] < 0.98 * time) {
+        time = least[i];
+        best = candidates[i];
+      }
+    }
+  } else {
+    instance(inputs, best.images, best.together ? threads : 1, team);
   }
   const std::scoped_lock lock(mutex_);
   tuning_[key_of(kStrategy, inputs, threads)] = {best.images, best.together ? 1 : 0};
