@@ -17,6 +17,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "min_max_per_channel",
                            "histogram",
                            "conv2d",
+                           "conv_transpose2d",
                            "linear",
                            "linear_dynamic",
                            "add",

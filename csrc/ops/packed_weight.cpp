@@ -1,14 +1,31 @@
 #include "ops/packed_weight.h"
 
+#include <ATen/ops/empty.h>
+
 #include <stdexcept>
 
 namespace qtoolkit::ops {
+namespace {
+
+// The weight of one of a transposed convolution's convolutions.
+Tensor part_of(const Tensor& weight, const WeightRequest& request) {
+  const kernels::Conv2dShape& s = request.shape;
+  Tensor part = at::empty(
+      {s.groups * s.out_channels, s.in_channels, s.kernel_height, s.kernel_width}, at::kChar);
+  kernels::transposed_weight(s, request.transposed->rows, request.transposed->columns,
+                             weight.size(2), weight.size(3), weight.const_data_ptr<int8_t>(),
+                             part.mutable_data_ptr<int8_t>());
+  return part;
+}
+
+}  // namespace
 
 std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request) {
   const kernels::Conv2dShape& shape = request.shape;
   auto result = std::make_shared<PackedWeight>();
   Tensor weight = request.weight;
   if (!weight.is_contiguous()) weight = result->canonical = weight.contiguous();
+  if (request.transposed) weight = result->canonical = part_of(weight, request);
   const auto* w = weight.const_data_ptr<int8_t>();
   result->size = request.depthwise ? weight.numel() : shape.packed_bytes();
   result->bytes = aligned_buffer<int8_t>(result->size);

@@ -3,13 +3,21 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "kernels/conv2d.h"
 #include "kernels/conv2d_terms.h"
+#include "kernels/conv_transpose2d.h"
 #include "ops/aligned_buffer.h"
 #include "ops/checks.h"
 
 namespace qtoolkit::ops {
+
+// The taps of a transposed convolution's weight that make one of its convolutions.
+struct TransposedPart {
+  kernels::TransposedTaps rows, columns;
+  bool operator==(const TransposedPart&) const = default;
+};
 
 // All that it depends on.
 struct WeightRequest {
@@ -19,6 +27,8 @@ struct WeightRequest {
   const Tensor* bias;                 // int32 [groups * out_channels], contiguous, or nullptr
   const kernels::Conv2dShape& shape;  // the output's size does not matter
   bool depthwise = false;
+  // Of a transposed convolution, whose weight is int8 [groups * in_channels, out_channels, ...].
+  std::optional<TransposedPart> transposed = {};
   float x_scale = 1.0f;
   int32_t x_zero_point = 0;  // of unsigned codes
   float y_scale = 1.0f;      // 1 for float output
@@ -26,7 +36,7 @@ struct WeightRequest {
 
 // Depends on the weight and the shape only.
 struct PackedWeight {
-  Tensor canonical;  // contiguous; set only if the weight itself is not
+  Tensor canonical;  // contiguous; undefined where the weight itself serves
   AlignedBuffer<int8_t> bytes;
   int64_t size = 0;  // of bytes
   kernels::WeightSums sums;

@@ -40,6 +40,7 @@ void refuse_all(torch::Library& m) {
                            "min_max_per_channel",
                            "histogram",
                            "conv2d",
+                           "conv_transpose2d",
                            "linear",
                            "linear_dynamic",
                            "add",

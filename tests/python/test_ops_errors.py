@@ -7,6 +7,7 @@ import pytest
 import torch
 from op_reference import random_codes, scale, zero_point
 from test_ops_conv2d import make_case
+from test_ops_conv_transpose2d import make_case as make_transposed_case
 from test_ops_linear import make_case as make_linear_case
 
 from qtoolkit import ops
@@ -98,6 +99,7 @@ GOOD = {
     "min_max_per_channel": {"x": F32, "ch_axis": 1},
     "histogram": {"x": F32, "bins": 4, "lower": 0.0, "upper": 1.0},
     "conv2d": make_case("3x3"),
+    "conv_transpose2d": make_transposed_case("3x3 of stride 2"),
     "linear": make_linear_case(),
     "linear_dynamic": {
         "x": F32,
@@ -279,6 +281,20 @@ BAD = [
         {"residual": U8, "y_scale": None, "y_zero_point": None},
         ValueError,
         "a residual needs an output of codes",
+    ),
+    ("conv_transpose2d", {"x": F32}, TypeError, "x must hold uint8 or int8 codes"),
+    ("conv_transpose2d", {"groups": 3}, ValueError, "groups 3 do not fit x"),
+    ("conv_transpose2d", {"x": U8}, ValueError, "do not fit x uint8 [2, 3, 6, 6]"),
+    ("conv_transpose2d", {"output_padding": [2, 0]}, ValueError, "smaller than stride or dilation"),
+    ("conv_transpose2d", {"padding": [9, 0]}, ValueError, "the output's height would be -2"),
+    ("conv_transpose2d", {"stride": [0, 1]}, ValueError, "stride"),
+    ("conv_transpose2d", {"weight_scale": S3}, ValueError, "one for each of 40 output channels"),
+    ("conv_transpose2d", {"y_scale": None}, ValueError, "give both y_scale and y_zero_point"),
+    (
+        "conv_transpose2d",
+        {"dilation": [1 << 29, 1], "padding": [1 << 29, 1]},
+        ValueError,
+        "border included, is too large; check kernel and dilation",
     ),
     ("linear", {"x": random_codes((5, 63))}, ValueError, "last dimension of x uint8 [5, 63]"),
     ("linear", {"x": random_codes(())}, ValueError, "last dimension"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from op_reference import random_codes, scale, zero_point
 from test_ops_conv2d import make_case
+from test_ops_conv_transpose2d import make_case as make_transposed_case
 from test_ops_linear import make_case as make_linear_case
 from torch import Tensor, nn
 
@@ -166,6 +167,10 @@ SAMPLES = {
             residual_scale=S,
             residual_zero_point=Z,
         ),
+    ],
+    "conv_transpose2d": [
+        tuple(make_transposed_case("odd channels").values()),
+        tuple(make_transposed_case("depthwise", y_scale=None, y_zero_point=None).values()),
     ],
     "linear": [(*make_linear_case((2, 3)).values(), True)],
     "linear_dynamic": [

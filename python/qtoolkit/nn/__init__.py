@@ -2,7 +2,7 @@
 
 from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
-from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
+from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
 from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
@@ -30,7 +30,9 @@ __all__ = [
     "BatchNorm2d",
     "Cat",
     "ChannelShuffle",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "DepthwiseConv2d",
     "Dequantize",
     "DynamicLinear",

@@ -94,6 +94,49 @@ def conv2d(
     )
 
 
+def conv_transpose2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """Transposed convolution of codes with exact int32 accumulation; the output is channels_last.
+
+    weight: int8 [C, OC / groups, KH, KW], as torch has it; weight_scale: [OC] or one element; bias:
+    int32 [OC]. The rest is as in conv2d.
+    """
+    return torch.ops.qtoolkit.conv_transpose2d(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        weight_scale,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
 def linear(
     x: Tensor,
     x_scale: Tensor,

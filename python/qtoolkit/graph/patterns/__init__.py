@@ -6,6 +6,7 @@ The order of the imports is the order of precedence.
 # isort: off
 from qtoolkit.graph.patterns import (
     conv,
+    conv_transpose,
     linear,
     add,
     cat,
@@ -36,6 +37,7 @@ __all__ = [
     "batch_norm",
     "cat",
     "conv",
+    "conv_transpose",
     "linear",
     "lookup",
     "mean",
