@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 
 
 class Lookup(QuantizedModule):
@@ -32,6 +32,18 @@ class Lookup(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.lookup(x, self.table)
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep(
+            "lookup",
+            input_signed=dtypes[0] == torch.int8,
+            output_signed=self.table.dtype == torch.int8,
+        )
+        step.constant("table", self.table.view(torch.uint8))
+        step.output(self)
+        step.input_names.append("input")
+        step.integers["input_zero_point"] = [int(self.input_zero_point)]
+        return step
 
     def kind(self) -> str:
         return f"Lookup({self.function})"
