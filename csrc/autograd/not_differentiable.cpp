@@ -21,6 +21,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "linear",
                            "linear_dynamic",
                            "add",
+                           "mul",
                            "requantize",
                            "lookup",
                            "batch_norm",

@@ -172,7 +172,9 @@ class Product {
     args.x_pixel_stride = rows_.stride();
     args.x_row_stride = rows * rows_.stride();
     args.weight = weight_ + channel * shape_.in_channels;
-    args.packed = packed_.weight->bytes.get() + channel * shape_.run_quads() * 4;
+    args.layout = packed_.weight->layout;
+    args.packed = kernels::conv2d_packed_block(args.layout, shape_, packed_.weight->bytes.get(),
+                                               channel / kernels::kChannelBlock);
     args.offset = kNothing.data();
     args.multiplier = packed_.terms->multiplier.data() + channel;
     args.output = kernels::Conv2dOutput::int32;

@@ -44,6 +44,7 @@ void refuse_all(torch::Library& m) {
                            "linear",
                            "linear_dynamic",
                            "add",
+                           "mul",
                            "requantize",
                            "lookup",
                            "batch_norm",

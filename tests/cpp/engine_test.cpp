@@ -253,6 +253,9 @@ TEST(PlanErrors, SayWhatIsWrongAndWhere) {
         "'weight'");
   check(refusal([](ProgramData& d) { d.steps[3].integers["input_zero_point"] = {1}; }),
         "not that of the value");
+  check(refusal([](ProgramData& d) { d.steps[5].constants["table"].shape = {255}; }), "256");
+  check(refusal([](ProgramData& d) { d.steps[5].constants["table"].dtype = DType::int8; }),
+        "'table' has the wrong type");
   check(refusal([](ProgramData& d) { d.outputs = {0}; }), "no step computes the output");
   check(refusal([](ProgramData& d) { d.outputs = {5, 5}; }), "twice");
   check(refusal([](ProgramData& d) { d.outputs = {}; }), "needs an output");

@@ -181,6 +181,10 @@ SAMPLES = {
         (codes(), S, Z, codes(torch.int8), S, Z, S, Z, 0, 255, False),
         (codes().to(memory_format=LAST), S, Z, codes()[:1], S, Z, S, Z, 0, 255, True),
     ],
+    "mul": [
+        (codes(), S, Z, codes(torch.int8), S, Z, S, Z, 0, 255, False),
+        (codes().to(memory_format=LAST), S, Z, codes()[:, :, :1, :1], S, Z, S, Z, 0, 255, True),
+    ],
     "requantize": [(codes(), S, Z, S, Z, -128, 127, True)],
     "lookup": [
         (codes(), random_codes((256,), torch.int8)),

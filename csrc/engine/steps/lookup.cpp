@@ -1,5 +1,6 @@
-// Functions of one value, by a table.
+// A function of one value.
 #include <array>
+#include <cstring>
 
 #include "engine/rows.h"
 #include "engine/step.h"
@@ -8,25 +9,28 @@
 namespace qtoolkit::engine {
 namespace {
 
+constexpr size_t kEntries = 256;
+using Table = std::array<uint8_t, kEntries>;
+
 class LookupTask : public Task {
  public:
-  // The table lives as long as the step.
-  LookupTask(const uint8_t* table, const View& x, const View& y) : table_(table), x_(x), y_(y) {}
+  LookupTask(const Table& table, const View& x, const View& y) : table_(table), x_(x), y_(y) {}
 
   int64_t units() const override { return row_units(y_); }
   void run(const Memory& memory, int64_t begin, int64_t end) const override {
-    kernels::LookupArgs args;
-    args.table = table_;
-    args.channels = args.x_row_stride = args.y_row_stride = y_.shape.width * y_.shape.channels;
-    for_rows(y_, begin, end, [&](int64_t row) {
-      args.x = x_.read(memory) + x_.row_offset(row);
-      args.y = y_.write(memory) + y_.row_offset(row);
-      kernels::lookup(args, 0, 1);
+    for_row_spans(y_, begin, end, [&](int64_t first, int64_t rows) {
+      const kernels::LookupArgs args{.x = x_.read(memory) + x_.row_offset(first),
+                                     .y = y_.write(memory) + y_.row_offset(first),
+                                     .table = table_.data(),
+                                     .channels = y_.shape.width * y_.shape.channels,
+                                     .x_row_stride = x_.row_stride,
+                                     .y_row_stride = y_.row_stride};
+      kernels::lookup(args, 0, rows);
     });
   }
 
  private:
-  const uint8_t* table_;
+  const Table& table_;
   View x_, y_;
 };
 
@@ -34,30 +38,22 @@ class Lookup : public Step {
  public:
   Lookup(Attributes& attributes, std::span<const ValueInfo> inputs) {
     require_codes(inputs, 1);
-    require(attributes.integer("input_zero_point", -128, 255) +
-                    (attributes.flag("input_signed") ? 128 : 0) ==
-                inputs[0].zero_point,
-            "'input_zero_point' is not that of the value");
-    output_ = attributes.qparams("output");
+    attributes.input_qparams("input", inputs[0]);
+    zero_point_ = attributes.qparams("output").zero_point;
     const Constant table = attributes.constant("table", DType::uint8, 1);
-    require(table.elements() == 256, "the table must hold 256 codes, got ", table.elements());
-    const auto* codes = static_cast<const uint8_t*>(table.data.get());
-    // The table is by the bytes of the user's codes; those of int8 codes differ from a plan's in
-    // their highest bit.
-    const size_t in_flip = attributes.flag("input_signed") ? 0x80 : 0;
-    const uint8_t out_flip = attributes.flag("output_signed") ? 0x80 : 0;
-    for (size_t code = 0; code < 256; ++code) table_[code] = codes[code ^ in_flip] ^ out_flip;
+    require(table.elements() == kEntries, "'table' must have 256 elements, got ", table.elements());
+    std::memcpy(table_.data(), table.data.get(), kEntries);
   }
-  ValueInfo output() const override { return {Type::codes, output_.zero_point}; }
+  ValueInfo output() const override { return {Type::codes, zero_point_}; }
   Shape output_shape(std::span<const Shape> inputs) const override { return inputs[0]; }
   std::unique_ptr<Task> bind(const Binding& binding) const override {
-    return std::make_unique<LookupTask>(table_.data(), binding.inputs[0], binding.output);
+    return std::make_unique<LookupTask>(table_, binding.inputs[0], binding.output);
   }
   std::string kernel() const override { return "lookup"; }
 
  private:
-  QParams output_;
-  std::array<uint8_t, 256> table_;
+  Table table_;
+  int32_t zero_point_ = 0;
 };
 
 QT_ENGINE_STEP(lookup, Lookup);

@@ -121,12 +121,12 @@ class _Compiler:
         called = called_module(node, self.module)
         if isinstance(called, QuantizedModule):
             step = called.plan_step_of_call([s.dtype for s in seen], _numbers(node))
-            # Broadcasting is left to the operator.
-            if step is not None and step.kind in ("add", "conv2d") and len(seen) == 2:
-                shapes = {s.shape for s in seen} if step.kind == "add" else set()
-                if len(shapes) > 1 or (
-                    step.kind == "conv2d" and seen[1].shape != self.seen[node].shape
-                ):
+            # Other broadcasting is left to the operators.
+            if step is not None and len(seen) == 2 and step.kind in ("add", "conv2d", "mul"):
+                shape = self.seen[node].shape
+                same = {s.shape == shape for s in (seen[1:] if step.kind == "conv2d" else seen)}
+                gated = {shape, (*shape[:2], 1, 1)} == {s.shape for s in seen}
+                if same != {True} and not (step.kind == "mul" and gated and len(shape) == 4):
                     return None
             return step
         if _is_part(node):

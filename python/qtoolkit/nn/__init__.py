@@ -3,7 +3,7 @@
 from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
-from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
+from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
 from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
 from qtoolkit.nn.moving import (
@@ -41,6 +41,7 @@ __all__ = [
     "Lookup",
     "MaxPool2d",
     "Mean",
+    "Mul",
     "Pad",
     "PixelShuffle",
     "PixelUnshuffle",

@@ -34,15 +34,16 @@ class Lookup(QuantizedModule):
         return ops.lookup(x, self.table)
 
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
-        step = PlanStep(
-            "lookup",
-            input_signed=dtypes[0] == torch.int8,
-            output_signed=self.table.dtype == torch.int8,
-        )
-        step.constant("table", self.table.view(torch.uint8))
+        # Inside a plan int8 codes are code + 128.
+        table = self.table.view(torch.uint8)
+        if dtypes[0] == torch.int8:
+            table = table.roll(128)
+        if self.quant_min < 0:
+            table = table ^ 128
+        step = PlanStep("lookup")
+        step.constant("table", table)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
         step.output(self)
-        step.input_names.append("input")
-        step.integers["input_zero_point"] = [int(self.input_zero_point)]
         return step
 
     def kind(self) -> str:

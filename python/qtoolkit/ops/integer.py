@@ -227,6 +227,35 @@ def add(
     )
 
 
+def mul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The codes of real a * real b, then ReLU if relu. a and b are broadcast to one shape."""
+    return torch.ops.qtoolkit.mul(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
 def requantize(
     x: Tensor,
     x_scale: Tensor,
