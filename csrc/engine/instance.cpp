@@ -71,6 +71,12 @@ std::vector<Shape> Program::shapes(std::span<const Outside> given) const {
   return result;
 }
 
+int64_t Program::multiplications(size_t node, std::span<const Shape> shapes) const {
+  std::vector<Shape> in;
+  for (const int64_t value : nodes[node].inputs) in.push_back(shapes[static_cast<size_t>(value)]);
+  return nodes[node].step->multiplications(in);
+}
+
 std::vector<Outside> Program::outside_outputs(std::span<const Shape> shapes) const {
   std::vector<Outside> result;
   for (const int64_t value : outputs) {
