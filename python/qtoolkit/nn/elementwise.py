@@ -138,6 +138,13 @@ class Mul(QuantizedModule):
             self.relu,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("mul", relu=self.relu)
+        step.input("a", self.a_scale, self.a_zero_point, dtypes[0])
+        step.input("b", self.b_scale, self.b_zero_point, dtypes[1])
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         return f"8-bit x 8-bit -> {code_format(self.quant_min)}"
 
