@@ -14,6 +14,7 @@
 
 #include "guarded_buffer.h"
 #include "kernels/path.h"
+#include "packed_weight.h"
 #include "paths.h"
 
 namespace qtoolkit::kernels {
@@ -112,7 +113,6 @@ class Problem {
         x_(rows_ * columns_ * in_stride_ - size.extra +
            (!size.depthwise && shape_.overreads() ? kOverread : 0)),
         weight_(out_channels_ * shape_.in_channels * shape_.kernel_height * shape_.kernel_width),
-        packed_(size.depthwise ? weight_.size() : shape_.packed_bytes()),
         offset_(size.depthwise ? size.groups : shape_.padded_channels()),
         multiplier_(offset_.size()),
         y_row_stride_(size.width * out_stride_ + gap),
@@ -120,17 +120,11 @@ class Problem {
         residual_row_stride_(y_row_stride_ + 2 * gap),
         residual_(size.height * residual_row_stride_ - 3 * gap - size.extra) {
     fill(variant);
-    if (size.depthwise) {
-      pack_conv2d_depthwise_weight(shape_, weight_.data(), packed_.data());
-    } else {
-      pack_conv2d_weight(shape_, weight_.data(), packed_.data());
-    }
     args_.shape = shape_;
     args_.x = x_.data();
     args_.x_row_stride = columns_ * in_stride_;
     args_.x_pixel_stride = in_stride_;
     args_.weight = weight_.data();
-    args_.packed = packed_.data();
     args_.offset = offset_.data();
     args_.multiplier = multiplier_.data();
     args_.output = variant.output;
@@ -156,6 +150,7 @@ class Problem {
     GuardedBuffer<uint8_t> y(y_size_ * element, 0xa5);
     args_.y = y.data();
     const bool depthwise = offset_.size() != shape_.padded_channels();
+    const auto packed = depthwise ? pack_depthwise_weight(args_) : pack_weight(args_);
     const int64_t units = depthwise ? shape_.out_height : conv2d_units(shape_);
     const auto kernel = depthwise ? conv2d_depthwise : conv2d;
     kernel(args_, 0, units / 3);
@@ -208,7 +203,7 @@ class Problem {
   Conv2dShape shape_;
   int64_t columns_, rows_, in_stride_, out_channels_, out_stride_;
   GuardedBuffer<uint8_t> x_;
-  GuardedBuffer<int8_t> weight_, packed_;
+  GuardedBuffer<int8_t> weight_;
   GuardedBuffer<int32_t> offset_;
   GuardedBuffer<float> multiplier_;
   int64_t y_row_stride_, y_size_, residual_row_stride_;
@@ -239,6 +234,16 @@ const std::vector<Size>& sizes() {
       {3, 7, 4, 1, 3, 5, 5, 3},
       {8, 8, 4, 8, 8, 1, 1},
       {5, 7, 2, 5, 9, 3, 3, 1, 2, 7},
+      // Linear layers of few rows and many weights, with one and several blocks of channels left.
+      {1, 1, 1, 515, 225, 1, 1},
+      {1, 2, 1, 512, 96, 1, 1},
+      {1, 3, 1, 600, 129, 1, 1},
+      {1, 4, 1, 513, 96, 1, 1},
+      {2, 3, 1, 512, 70, 1, 1, 2},
+      {1, 7, 1, 530, 33, 1, 1},
+      {2, 7, 1, 512, 64, 1, 1},
+      {3, 5, 1, 512, 65, 1, 1},
+      {4, 7, 1, 519, 40, 1, 1},
       {.height = 5,
        .width = 7,
        .groups = 1,
@@ -344,6 +349,36 @@ TEST_P(Conv2dPaths, AllThatThisMachineShouldHaveRun) {
 INSTANTIATE_TEST_SUITE_P(Kernels, Conv2dPaths,
                          ::testing::Values(Kernel::conv2d, Kernel::conv2d_depthwise),
                          [](const auto& info) { return std::string(name(info.param)); });
+
+TEST(Conv2dPack, UnpackingGivesTheWeightBack) {
+  const Conv2dShape shapes[] = {
+      {.in_channels = 3, .out_channels = 33, .kernel_height = 7, .kernel_width = 7},
+      {.groups = 2, .in_channels = 5, .out_channels = 31, .kernel_height = 1, .kernel_width = 3},
+      {.in_channels = 6,
+       .out_channels = 4,
+       .kernel_height = 3,
+       .kernel_width = 2,
+       .dilation_width = 2},
+  };
+  Random random(7);
+  for (const Conv2dShape& s : shapes) {
+    const auto count = static_cast<size_t>(s.groups * s.out_channels * s.in_channels *
+                                           s.kernel_height * s.kernel_width);
+    std::vector<int8_t> weight(count), again(count), packed(static_cast<size_t>(s.packed_bytes()));
+    for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
+    pack_conv2d_weight(Conv2dLayout::quads, s, weight.data(), packed.data());
+    unpack_conv2d_weight(Conv2dLayout::quads, s, packed.data(), again.data());
+    EXPECT_EQ(again, weight);
+  }
+  const Conv2dShape depthwise{
+      .groups = 37, .in_channels = 1, .out_channels = 1, .kernel_height = 3, .kernel_width = 5};
+  std::vector<int8_t> weight(37 * 15), packed(weight.size()), again(weight.size());
+  for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
+  pack_conv2d_depthwise_weight(depthwise, weight.data(), packed.data());
+  unpack_conv2d_depthwise_weight(depthwise, packed.data(), again.data());
+  EXPECT_EQ(again, weight);
+  EXPECT_NE(packed, weight);
+}
 
 }  // namespace
 }  // namespace qtoolkit::kernels

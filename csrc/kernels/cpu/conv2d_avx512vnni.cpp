@@ -3,6 +3,7 @@
 #include <array>
 #include <utility>
 
+#include "kernels/cpu/conv2d_few_pixels_avx512.h"
 #include "kernels/cpu/conv2d_output_avx512.h"
 #include "kernels/cpu/conv2d_pixels_avx512.h"
 #include "kernels/kernels.h"
@@ -300,7 +301,7 @@ void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64
   }
   const int64_t last_pixel = layer.args.shape.pixels();
   int64_t pixel = begin * kTilePixels;
-  Cursor cursor(layer.args, pixel, first / layer.args.shape.blocks_per_group());
+  Cursor<kTilePixels> cursor(layer.args, pixel, first / layer.args.shape.blocks_per_group());
   layer.x = cursor.x();
   const int64_t end_pixel = end * kTilePixels < last_pixel ? end * kTilePixels : last_pixel;
   const int64_t ahead = count * layer.block_weights;
@@ -308,7 +309,7 @@ void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64
   Tile tile;
   for (; pixel < end_pixel; pixel += kMostPixels) {
     const int64_t left = end_pixel - pixel;
-    cursor.take(static_cast<int>(left < kMostPixels ? left : kMostPixels), simple, tile);
+    take(cursor, static_cast<int>(left < kMostPixels ? left : kMostPixels), simple, tile);
     tile.ahead = part < kAheadParts ? ahead + part * layer.block_weights / kAheadParts : 0;
     ++part;
     for (int64_t i = 0; i < count; ++i) {
@@ -320,6 +321,8 @@ void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
+  if (args.layout != Conv2dLayout::quads) return portable::conv2d(args, begin, end);
+  if (few_pixels(args, begin, end)) return;
   const Conv2dShape& s = args.shape;
   const Rule rule = layer_rule(args);
   const SimpleResidual residual = rule.simple_residual;

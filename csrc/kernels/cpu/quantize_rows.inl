@@ -18,13 +18,32 @@ struct Extremes {
   Float low = {}, high = {};
   Int magnitude = {};
 
-  inline void take(Float x) {
-    const Int bits = __builtin_bit_cast(Int, x) & 0x7fffffff;
-    low = x < low ? x : low;
-    high = x > high ? x : high;
-    magnitude = bits > magnitude ? bits : magnitude;
+  inline void take(Float x) { merge(x, x, __builtin_bit_cast(Int, x) & 0x7fffffff); }
+  inline void merge(Float other_low, Float other_high, Int other_magnitude) {
+    low = other_low < low ? other_low : low;
+    high = other_high > high ? other_high : high;
+    magnitude = other_magnitude > magnitude ? other_magnitude : magnitude;
   }
 };
+
+// Over the lanes of a vector, whose halves are merged again and again.
+inline Extremes<float, int32_t> over_lanes(const Extremes<Floats, Ints>& vector) {
+  float low[kLanes], high[kLanes];
+  int32_t magnitude[kLanes];
+  __builtin_memcpy(low, &vector.low, sizeof low);
+  __builtin_memcpy(high, &vector.high, sizeof high);
+  __builtin_memcpy(magnitude, &vector.magnitude, sizeof magnitude);
+#pragma GCC unroll 4
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < half; ++k) {
+      low[k] = low[k + half] < low[k] ? low[k + half] : low[k];
+      high[k] = high[k + half] > high[k] ? high[k + half] : high[k];
+      magnitude[k] = magnitude[k + half] > magnitude[k] ? magnitude[k + half] : magnitude[k];
+    }
+  }
+  return {low[0], high[0], magnitude[0]};
+}
 
 inline Extremes<float, int32_t> extremes_of(const float* x, int64_t count) {
   Extremes<Floats, Ints> vectors[kUnroll];
@@ -36,15 +55,10 @@ inline Extremes<float, int32_t> extremes_of(const float* x, int64_t count) {
       vectors[u].take(values);
     }
   }
-  Extremes<float, int32_t> result;
-  for (const auto& vector : vectors) {
-    for (int64_t k = 0; k < kLanes; ++k) {
-      result.take(vector.low[k]);
-      result.take(vector.high[k]);
-      const int32_t magnitude = vector.magnitude[k];
-      result.magnitude = magnitude > result.magnitude ? magnitude : result.magnitude;
-    }
+  for (int64_t u = 1; u < kUnroll; ++u) {
+    vectors[0].merge(vectors[u].low, vectors[u].high, vectors[u].magnitude);
   }
+  Extremes<float, int32_t> result = over_lanes(vectors[0]);
   for (; i < count; ++i) result.take(x[i]);
   return result;
 }

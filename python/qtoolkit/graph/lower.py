@@ -109,7 +109,7 @@ class _Lowering:
     def _simulate_layer(self, match: Match, source: str, reason: str) -> None:
         """Keeps a layer in float, its weight fake-quantized as in training."""
         layer = called_module(match.anchor, self.module)
-        if isinstance(layer, qat.Conv2d | qat.Linear):
+        if isinstance(layer, qat.WEIGHTED):
             layer.quantized_weight()
             layer.weight_fake_quant.freeze()
         if isinstance(match.batch_norm, qat.BatchNorm1d | qat.BatchNorm2d):

@@ -2,10 +2,11 @@
 
 from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
-from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
-from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
-from qtoolkit.nn.linear import Linear
+from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
+from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
+from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
+from qtoolkit.nn.matmul import Matmul
 from qtoolkit.nn.moving import (
     ChannelShuffle,
     Pad,
@@ -30,14 +31,19 @@ __all__ = [
     "BatchNorm2d",
     "Cat",
     "ChannelShuffle",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "DepthwiseConv2d",
     "Dequantize",
+    "DynamicLinear",
     "GlobalAvgPool2d",
     "Linear",
     "Lookup",
+    "Matmul",
     "MaxPool2d",
     "Mean",
+    "Mul",
     "Pad",
     "PixelShuffle",
     "PixelUnshuffle",

@@ -94,6 +94,49 @@ def conv2d(
     )
 
 
+def conv_transpose2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """Transposed convolution of codes with exact int32 accumulation; the output is channels_last.
+
+    weight: int8 [C, OC / groups, KH, KW], as torch has it; weight_scale: [OC] or one element; bias:
+    int32 [OC]. The rest is as in conv2d.
+    """
+    return torch.ops.qtoolkit.conv_transpose2d(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        weight_scale,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
 def linear(
     x: Tensor,
     x_scale: Tensor,
@@ -155,6 +198,41 @@ def linear_dynamic(
     return torch.ops.qtoolkit.linear_dynamic(x, weight, weight_scale, bias, activation)
 
 
+def matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Product of matrices of codes [..., M, K] and [..., K, N]; batch dimensions are broadcast.
+
+    a and b: uint8 or int8 codes of any strides, such as the transposed keys of attention; b is
+    packed at every call.
+    y_scale and y_zero_point: the output's parameters, or None for a float32 output (dequantized).
+
+    The sums of products of (a - a_zero_point) and (b - b_zero_point) are exact in int32, so K must
+    be at most 33025.
+    """
+    return torch.ops.qtoolkit.matmul(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+    )
+
+
 def add(
     a: Tensor,
     a_scale: Tensor,
@@ -170,6 +248,35 @@ def add(
 ) -> Tensor:
     """The codes of real a + real b, then ReLU if relu. a and b are broadcast to one shape."""
     return torch.ops.qtoolkit.add(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
+def mul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The codes of real a * real b, then ReLU if relu. a and b are broadcast to one shape."""
+    return torch.ops.qtoolkit.mul(
         a,
         a_scale,
         a_zero_point,
