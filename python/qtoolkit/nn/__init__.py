@@ -13,6 +13,7 @@ from qtoolkit.nn.moving import (
     PixelUnshuffle,
     UpsampleNearest2d,
 )
+from qtoolkit.nn.normalization import LayerNorm, Softmax
 from qtoolkit.nn.pooling import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -37,6 +38,7 @@ __all__ = [
     "Dequantize",
     "DynamicLinear",
     "GlobalAvgPool2d",
+    "LayerNorm",
     "Linear",
     "Lookup",
     "MaxPool2d",
@@ -48,6 +50,7 @@ __all__ = [
     "Quantize",
     "QuantizedModule",
     "ReLU",
+    "Softmax",
     "Sum",
     "UpsampleBilinear2d",
     "UpsampleNearest2d",

@@ -16,6 +16,7 @@ from qtoolkit.graph.patterns import (
     avg_pool,
     mean,
     upsample,
+    normalization,
 )
 
 # isort: on
@@ -41,6 +42,7 @@ __all__ = [
     "linear",
     "lookup",
     "mean",
+    "normalization",
     "pattern_of",
     "patterns",
     "register_pattern",
