@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <new>
 #include <random>
 
@@ -72,20 +73,39 @@ Problem::Problem(const Layer& layer, bool cold_weights) : depthwise_(layer.depth
     args_.residual_multiplier = 0.3f;
   }
 
-  fill(weight_, layer.out * s.in_channels * layer.kernel * layer.kernel);
+  fill_weight(layer.out, s.in_channels * layer.kernel * layer.kernel);
   args_.weight = weight_.data();
   offset_.assign(s.padded_channels(), 7);
   args_.offset = offset_.data();
   multiplier_.assign(s.padded_channels(), 1e-3f);
   args_.multiplier = multiplier_.data();
-  const int64_t bytes = depthwise_ ? std::ssize(weight_) : s.packed_bytes();
+  args_.layout = kernels::conv2d_layout(s);
+  const int64_t bytes = depthwise_ ? std::ssize(weight_)
+                                   : kernels::conv2d_packed_bytes(args_.layout, s, weight_.data());
   copy_bytes_ = (bytes + 63) / 64 * 64;
   copies_ = cold_weights ? 1 + kColdBytes / copy_bytes_ : 1;
   packed_.resize(copies_ * copy_bytes_);
   for (int64_t copy = 0; copy < copies_; ++copy) {
-    const auto pack =
-        depthwise_ ? kernels::pack_conv2d_depthwise_weight : kernels::pack_conv2d_weight;
-    pack(s, weight_.data(), packed_.data() + copy * copy_bytes_);
+    int8_t* const packed = packed_.data() + copy * copy_bytes_;
+    if (depthwise_) {
+      kernels::pack_conv2d_depthwise_weight(s, weight_.data(), packed);
+    } else {
+      kernels::pack_conv2d_weight(args_.layout, s, weight_.data(), packed);
+    }
+  }
+}
+
+void Problem::fill_weight(int64_t channels, int64_t reduction) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  weight_.resize(channels * reduction);
+  std::vector<float> values(reduction);
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    float largest = 0;
+    for (float& value : values) largest = std::max(largest, std::fabs(value = normal(random)));
+    for (int64_t i = 0; i < reduction; ++i) {
+      weight_[channel * reduction + i] = static_cast<int8_t>(std::lrint(values[i] / largest * 127));
+    }
   }
 }
 

@@ -37,6 +37,9 @@ class Problem {
   void call();
 
  private:
+  // Normal values, the largest of each channel at 127: the AVX2 path's work depends on the weights.
+  void fill_weight(int64_t channels, int64_t reduction);
+
   static constexpr int64_t kColdBytes = int64_t{24} << 20;
 
   bool depthwise_;

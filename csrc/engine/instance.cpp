@@ -71,6 +71,12 @@ std::vector<Shape> Program::shapes(std::span<const Outside> given) const {
   return result;
 }
 
+int64_t Program::multiplications(size_t node, std::span<const Shape> shapes) const {
+  std::vector<Shape> in;
+  for (const int64_t value : nodes[node].inputs) in.push_back(shapes[static_cast<size_t>(value)]);
+  return nodes[node].step->multiplications(in);
+}
+
 std::vector<Outside> Program::outside_outputs(std::span<const Shape> shapes) const {
   std::vector<Outside> result;
   for (const int64_t value : outputs) {
@@ -232,22 +238,38 @@ std::vector<double> Instance::profile(int64_t threads, const Team& team, int64_t
 }
 
 std::vector<int64_t> Instance::tune(int64_t threads, const Team& team) {
-  constexpr int64_t kRuns = 4;
   const std::vector<int64_t> counts = choices();
   const int64_t most = planned_.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
-  std::vector<int64_t> best(planned_.size(), 0);
-  std::vector<double> least(planned_.size(), std::numeric_limits<double>::infinity());
-  // Each turn tries one choice of every step at once, so that caches are as in a real run.
-  for (int64_t turn = 0; turn < most; ++turn) {
-    std::vector<int64_t> tried;
-    for (const int64_t count : counts) tried.push_back(std::max<int64_t>(0, count - 1 - turn));
-    choose(tried);
-    const std::vector<double> times = profile(threads, team, kRuns);
-    for (size_t i = 0; i < times.size(); ++i) {
-      // Within the noise the earlier choice stays: the one with the larger chunks.
-      if (times[i] < 0.99 * least[i]) {
-        least[i] = times[i];
-        best[i] = tried[i];
+  // The choice of a step in a turn: the last one, which has the largest chunks, first.
+  const auto choice_of = [&](size_t step, int64_t turn) {
+    return std::max<int64_t>(0, counts[step] - 1 - turn);
+  };
+  // Each turn tries one choice of every step at once, so that caches are as in a real run. The
+  // turns go round several times, because a shared machine is now slow, now fast.
+  constexpr int kRounds = 3;
+  constexpr int64_t kRuns = 2;
+  const size_t count = planned_.size();
+  const double never = std::numeric_limits<double>::infinity();
+  std::vector<std::vector<double>> least(static_cast<size_t>(most),
+                                         std::vector<double>(count, never));
+  for (int round = 0; round < kRounds; ++round) {
+    for (int64_t turn = 0; turn < most; ++turn) {
+      std::vector<int64_t> tried;
+      for (size_t i = 0; i < count; ++i) tried.push_back(choice_of(i, turn));
+      choose(tried);
+      const std::vector<double> times = profile(threads, team, kRuns);
+      std::vector<double>& own = least[static_cast<size_t>(turn)];
+      for (size_t i = 0; i < count; ++i) own[i] = std::min(own[i], times[i]);
+    }
+  }
+  std::vector<int64_t> best(count, 0);
+  for (size_t i = 0; i < count; ++i) {
+    double time = never;
+    for (int64_t turn = 0; turn < counts[i]; ++turn) {
+      // Within the noise the earlier choice stays.
+      if (least[static_cast<size_t>(turn)][i] < 0.98 * time) {
+        time = least[static_cast<size_t>(turn)][i];
+        best[i] = choice_of(i, turn);
       }
     }
   }

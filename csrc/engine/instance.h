@@ -37,6 +37,7 @@ struct Program {
   ValueInfo info(int64_t value) const;
   // Of every value; throws std::invalid_argument that names the step which cannot take its inputs.
   std::vector<Shape> shapes(std::span<const Outside> inputs) const;
+  int64_t multiplications(size_t node, std::span<const Shape> shapes) const;
   std::vector<Outside> outside_outputs(std::span<const Shape> shapes) const;
 };
 

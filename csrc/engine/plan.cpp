@@ -72,7 +72,8 @@ std::string cpu_name() {
   return name + ", " + std::string(kernels::name(kernels::selected_path(kernels::Kernel::conv2d)));
 }
 
-Plan::Plan(ProgramData data) : data_(std::move(data)) {
+Plan::Plan(ProgramData data, int64_t work_of_thread)
+    : data_(std::move(data)), work_of_thread_(work_of_thread) {
   require(data_.version == ProgramData::kVersion, "a plan of version ", data_.version,
           "; this qtoolkit reads version ", ProgramData::kVersion,
           ": compile the converted model again, or update qtoolkit");
@@ -150,10 +151,36 @@ size_t Plan::instances() const {
 }
 
 std::vector<Outside> Plan::outputs(std::span<const Outside> inputs) const {
+  return known(inputs).outputs;
+}
+
+Plan::Known Plan::known(std::span<const Outside> inputs) const {
   require(inputs.size() == program_.inputs.size(), "this plan takes ", program_.inputs.size(),
           " inputs, got ", inputs.size());
   batch_of(inputs);
-  return program_.outside_outputs(program_.shapes(inputs));
+  const Key key = key_of(kInstance, inputs, 0);
+  {
+    const std::scoped_lock lock(mutex_);
+    for (const Known& one : known_) {
+      if (one.key == key) return one;
+    }
+  }
+  const std::vector<Shape> shapes = program_.shapes(inputs);
+  Known result{key, program_.outside_outputs(shapes), 1};
+  // An element of a step without multiplications takes as long as some of them.
+  constexpr double kOfElement = 16;
+  double work = 0;
+  for (size_t i = 0; i < program_.nodes.size(); ++i) {
+    const Shape& out = shapes[program_.inputs.size() + i];
+    work += static_cast<double>(program_.multiplications(i, shapes)) +
+            kOfElement * static_cast<double>(out.elements());
+  }
+  const double most = work / static_cast<double>(work_of_thread_ * program_.values());
+  result.most_threads = static_cast<int64_t>(std::clamp(most, 1.0, 65536.0));
+  const std::scoped_lock lock(mutex_);
+  known_.push_front(result);
+  if (known_.size() > kMostInstances) known_.pop_back();
+  return result;
 }
 
 std::shared_ptr<Instance> Plan::instance(std::span<const Outside> inputs, int64_t images,
@@ -256,6 +283,7 @@ void Plan::run_as(const Strategy& strategy, std::span<const Outside> inputs,
 void Plan::run(std::span<const Outside> inputs, std::span<const void* const> data,
                std::span<void* const> outputs, int64_t threads, const Team& team) {
   if (batch_of(inputs) == 0) return;
+  threads = std::min(threads, known(inputs).most_threads);
   run_as(strategy_for(inputs, threads), inputs, data, outputs, threads, team);
 }
 
@@ -272,42 +300,54 @@ double Plan::time_of(const Strategy& strategy, std::span<const Outside> inputs, 
   std::vector<void*> results;
   for (const Outside& input : inputs) data.push_back(zeros(input));
   for (const Outside& output : outputs(inputs)) results.push_back(zeros(output));
-  double least = std::numeric_limits<double>::infinity();
-  for (int run = 0; run < 3; ++run) {
-    const auto start = std::chrono::steady_clock::now();
-    run_as(strategy, inputs, data, results, threads, team);
-    const auto time = std::chrono::steady_clock::now() - start;
-    least = std::min(least, std::chrono::duration<double>(time).count());
-  }
-  return least;
+  const auto start = std::chrono::steady_clock::now();
+  run_as(strategy, inputs, data, results, threads, team);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& team) {
+  constexpr int64_t kMostImages = 8;  // at a time
   const int64_t batch = batch_of(inputs);
   if (batch == 0) return;
-  outputs(inputs);  // the inputs fit
+  threads = std::min(threads, known(inputs).most_threads);
   std::vector<Strategy> candidates;
-  if (batch < threads || batch == 1) candidates.push_back({batch, true});
-  for (int64_t images = 1; images <= std::min<int64_t>(batch, 8) && batch >= threads && batch > 1;
-       images *= 2) {
-    candidates.push_back({images, threads == 1});
+  if (batch < threads || batch == 1) {
+    candidates.push_back({batch, true});
+  } else {
+    for (int64_t images = 1; images <= std::min(batch, kMostImages); images *= 2) {
+      candidates.push_back({images, threads == 1});
+    }
   }
   // An empty tuning makes the next instance of that size tune itself.
-  const auto tune_instance = [&](int64_t images, int64_t team_size) {
-    const Key key = key_of(kInstance, with_images(inputs, images), team_size);
+  for (const Strategy& candidate : candidates) {
+    const int64_t team_size = candidate.together ? threads : 1;
+    const Key key = key_of(kInstance, with_images(inputs, candidate.images), team_size);
     const std::scoped_lock lock(mutex_);
     tuning_.try_emplace(key);
     instances_.remove_if([&](const auto& entry) { return entry.first == key; });
-  };
+  }
   Strategy best = candidates.front();
-  double least = std::numeric_limits<double>::infinity();
-  for (const Strategy& candidate : candidates) {
-    tune_instance(candidate.images, candidate.together ? threads : 1);
-    const double time = time_of(candidate, inputs, threads, team);
-    if (time < 0.99 * least) {
-      least = time;
-      best = candidate;
+  if (candidates.size() > 1) {
+    // As many images as keep all threads busy with every candidate, in turns.
+    const std::vector<Outside> some =
+        with_images(inputs, std::min(batch, candidates.back().images * threads));
+    constexpr int kRounds = 3;
+    std::vector<double> least(candidates.size(), std::numeric_limits<double>::infinity());
+    for (int round = 0; round < kRounds; ++round) {
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        if (round == 0) time_of(candidates[i], some, threads, team);  // makes its instance
+        least[i] = std::min(least[i], time_of(candidates[i], some, threads, team));
+      }
     }
+    double time = std::numeric_limits<double>::infinity();
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      if (least[i] < 0.98 * time) {
+        time = least[i];
+        best = candidates[i];
+      }
+    }
+  } else {
+    instance(inputs, best.images, best.together ? threads : 1, team);
   }
   const std::scoped_lock lock(mutex_);
   tuning_[key_of(kStrategy, inputs, threads)] = {best.images, best.together ? 1 : 0};
@@ -316,6 +356,7 @@ void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& te
 PlanReport Plan::report(std::span<const Outside> inputs, int64_t threads, const Team& team,
                         bool profile) {
   const int64_t batch = std::max<int64_t>(batch_of(inputs), 1);
+  threads = std::min(threads, known(with_images(inputs, batch)).most_threads);
   const Strategy strategy = strategy_for(with_images(inputs, batch), threads);
   const int64_t team_size = strategy.together ? threads : 1;
   const std::shared_ptr<Instance> used = instance(inputs, strategy.images, team_size, team);
@@ -334,10 +375,7 @@ PlanReport Plan::report(std::span<const Outside> inputs, int64_t threads, const 
     row.kernel = step.kernel();
     row.shape = shapes[program_.inputs.size() + i];
     row.bytes = used->output_of(i).bytes() + step.packed_bytes();
-    std::vector<Shape> in;
-    for (const int64_t value : program_.nodes[i].inputs)
-      in.push_back(shapes[static_cast<size_t>(value)]);
-    row.multiplications = step.multiplications(in);
+    row.multiplications = program_.multiplications(i, shapes);
     row.choice_count = choices[i];
     if (profile) row.milliseconds = times[i];
     report.steps.push_back(row);

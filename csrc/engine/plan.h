@@ -31,8 +31,13 @@ struct PlanReport {
 
 class Plan {
  public:
-  // Throws std::invalid_argument that says what is wrong with the data.
-  explicit Plan(ProgramData data);
+  // A thread is worth its part of the barriers, a microsecond or two a step, with this many
+  // multiplications a step.
+  static constexpr int64_t kWorkOfThread = int64_t{1} << 19;
+
+  // Throws std::invalid_argument that says what is wrong with the data. Tests give less work to a
+  // thread, so that small networks have several.
+  explicit Plan(ProgramData data, int64_t work_of_thread = kWorkOfThread);
 
   // What a plan with the same results, and the same tuning, is made from.
   ProgramData data() const;
@@ -65,6 +70,15 @@ class Plan {
     bool together = true;
   };
 
+  // What follows from the sizes of inputs, kept because a small network takes no longer than
+  // finding it anew.
+  struct Known {
+    Key key;
+    std::vector<Outside> outputs;
+    int64_t most_threads = 1;  // more would cost more than they save
+  };
+
+  Known known(std::span<const Outside> inputs) const;
   Strategy strategy_for(std::span<const Outside> inputs, int64_t threads) const;
   std::shared_ptr<Instance> instance(std::span<const Outside> inputs, int64_t images,
                                      int64_t threads, const Team& team);
@@ -75,6 +89,7 @@ class Plan {
                  const Team& team);
 
   ProgramData data_;  // without the packed constants' data
+  const int64_t work_of_thread_;
   AlignedMemory packed_;
   int64_t packed_bytes_ = 0;
   Program program_;
@@ -82,6 +97,7 @@ class Plan {
   mutable std::mutex mutex_;  // guards what follows
   std::map<Key, std::vector<int64_t>> tuning_;
   std::list<std::pair<Key, std::shared_ptr<Instance>>> instances_;  // the latest used first
+  mutable std::list<Known> known_;                                  // the latest first
 };
 
 // The CPU and the instruction set of its kernels: tuning holds for it.

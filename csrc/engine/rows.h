@@ -29,4 +29,16 @@ void for_rows(const View& view, int64_t begin, int64_t end, const Body& body) {
   for (int64_t row = begin * rows; row < last; ++row) body(row);
 }
 
+// Calls body(first, count) for stretches of those rows that lie in one image.
+template <class Body>
+void for_row_spans(const View& view, int64_t begin, int64_t end, const Body& body) {
+  const int64_t rows = rows_per_unit(view), height = view.shape.height;
+  const int64_t last = std::min(end * rows, view.shape.rows());
+  for (int64_t row = begin * rows; row < last;) {
+    const int64_t next = std::min(last, (row / height + 1) * height);
+    body(row, next - row);
+    row = next;
+  }
+}
+
 }  // namespace qtoolkit::engine

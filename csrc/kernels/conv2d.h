@@ -51,6 +51,10 @@ struct Conv2dShape {
   }
 };
 
+// How packed weights lie in memory. Most paths read quads of input bytes,
+// [group][block][kernel_height][run][quad][kChannelBlock][4]; steps are in conv2d_steps.h.
+enum class Conv2dLayout : uint8_t { quads, steps };
+
 enum class Conv2dOutput : uint8_t { codes, float32, int32 };
 
 struct Conv2dArgs {
@@ -61,8 +65,11 @@ struct Conv2dArgs {
   // Canonical [groups * out_channels, in_channels, kh, kw]: for the reference alone, which unpacks
   // `packed` where it is nullptr.
   const int8_t* weight = nullptr;
-  // pack_conv2d_weight's; fastest at a multiple of 64 bytes.
+  // pack_conv2d_weight's, at a multiple of 64 bytes; conv2d_packed_block's may be elsewhere.
   const int8_t* packed = nullptr;
+  // Of packed. A path that does not read it, since another one was forced after packing, leaves the
+  // call to the portable one.
+  Conv2dLayout layout = Conv2dLayout::quads;
   const int32_t* offset = nullptr;    // [padded_channels()]
   const float* multiplier = nullptr;  // [padded_channels()]
 
@@ -104,10 +111,16 @@ static inline int32_t wrapping_add(int32_t a, int32_t b) {
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end);
 
-// The layout of every CPU path: [group][block][kernel_height][run][quad][kChannelBlock][4].
-// packed holds shape.packed_bytes() bytes.
-void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
-void unpack_conv2d_weight(const Conv2dShape& shape, const int8_t* packed, int8_t* weight);
+// What the path of the next call reads fastest; the size of the output does not matter.
+Conv2dLayout conv2d_layout(const Conv2dShape& shape);
+int64_t conv2d_packed_bytes(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* weight);
+void pack_conv2d_weight(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* weight,
+                        int8_t* packed);
+void unpack_conv2d_weight(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* packed,
+                          int8_t* weight);
+// What a call for the blocks from this one on reads.
+const int8_t* conv2d_packed_block(Conv2dLayout layout, const Conv2dShape& shape,
+                                  const int8_t* packed, int64_t block);
 
 // Depthwise: groups == channels, one input and one output channel each (in_channels and
 // out_channels of the shape are 1). packed is [kernel_height * kernel_width][channels]; offset and

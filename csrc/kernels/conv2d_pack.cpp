@@ -1,6 +1,6 @@
-#include <algorithm>
+#include "kernels/conv2d_pack.h"
 
-#include "kernels/conv2d.h"
+#include <algorithm>
 
 namespace qtoolkit::kernels {
 namespace {
@@ -38,12 +38,12 @@ void for_each_depthwise_weight(const Conv2dShape& s, const Visit& visit) {
 
 }  // namespace
 
-void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
+void pack_quads(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
   std::fill_n(packed, shape.packed_bytes(), int8_t{0});
   for_each_weight(shape, [&](int64_t i, int64_t at) { packed[at] = weight[i]; });
 }
 
-void unpack_conv2d_weight(const Conv2dShape& shape, const int8_t* packed, int8_t* weight) {
+void unpack_quads(const Conv2dShape& shape, const int8_t* packed, int8_t* weight) {
   for_each_weight(shape, [&](int64_t i, int64_t at) { weight[i] = packed[at]; });
 }
 

@@ -113,6 +113,7 @@ PackedHandle attach_weight(kernels::Conv2dArgs& args, const ConvParams& params,
   const Tensor& canonical = packed.weight->canonical;
   args.weight = (canonical.defined() ? canonical : tensors.weight).const_data_ptr<int8_t>();
   args.packed = packed.weight->bytes.get();
+  args.layout = packed.weight->layout;
   args.offset = packed.terms->offset.data();
   args.multiplier = packed.terms->multiplier.data();
   return packed;

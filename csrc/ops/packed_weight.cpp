@@ -27,11 +27,16 @@ std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request) {
   if (!weight.is_contiguous()) weight = result->canonical = weight.contiguous();
   if (request.transposed) weight = result->canonical = part_of(weight, request);
   const auto* w = weight.const_data_ptr<int8_t>();
-  result->size = request.depthwise ? weight.numel() : shape.packed_bytes();
-  result->bytes = aligned_buffer<int8_t>(result->size);
-  const auto pack =
-      request.depthwise ? kernels::pack_conv2d_depthwise_weight : kernels::pack_conv2d_weight;
-  pack(shape, w, result->bytes.get());
+  if (request.depthwise) {
+    result->size = weight.numel();
+    result->bytes = aligned_buffer<int8_t>(result->size);
+    kernels::pack_conv2d_depthwise_weight(shape, w, result->bytes.get());
+  } else {
+    result->layout = request.layout;
+    result->size = kernels::conv2d_packed_bytes(result->layout, shape, w);
+    result->bytes = aligned_buffer<int8_t>(result->size);
+    kernels::pack_conv2d_weight(result->layout, shape, w, result->bytes.get());
+  }
   result->sums = kernels::weight_sums(shape, w);
   return result;
 }

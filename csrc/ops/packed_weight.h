@@ -26,6 +26,7 @@ struct WeightRequest {
   const Tensor& weight_scale;         // float32 [groups * out_channels] or [1], contiguous
   const Tensor* bias;                 // int32 [groups * out_channels], contiguous, or nullptr
   const kernels::Conv2dShape& shape;  // the output's size does not matter
+  kernels::Conv2dLayout layout = kernels::conv2d_layout(shape);  // not of a depthwise one
   bool depthwise = false;
   // Of a transposed convolution, whose weight is int8 [groups * in_channels, out_channels, ...].
   std::optional<TransposedPart> transposed = {};
@@ -38,6 +39,7 @@ struct WeightRequest {
 struct PackedWeight {
   Tensor canonical;  // contiguous; undefined where the weight itself serves
   AlignedBuffer<int8_t> bytes;
+  kernels::Conv2dLayout layout = kernels::Conv2dLayout::quads;
   int64_t size = 0;  // of bytes
   kernels::WeightSums sums;
 };

@@ -56,6 +56,7 @@ struct Place {
   at::DimVector strides;
   int64_t out_channels, in_channels, kernel_height, kernel_width, groups, runs;
   bool depthwise;
+  kernels::Conv2dLayout layout;
   std::optional<TransposedPart> transposed;
 
   explicit Place(const WeightRequest& r)
@@ -68,6 +69,7 @@ struct Place {
         groups(r.shape.groups),
         runs(r.shape.runs_per_row()),
         depthwise(r.depthwise),
+        layout(r.layout),
         transposed(r.transposed) {}
 
   bool operator==(const Place&) const = default;

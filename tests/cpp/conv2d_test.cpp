@@ -14,6 +14,7 @@
 
 #include "guarded_buffer.h"
 #include "kernels/path.h"
+#include "packed_weight.h"
 #include "paths.h"
 
 namespace qtoolkit::kernels {
@@ -112,7 +113,6 @@ class Problem {
         x_(rows_ * columns_ * in_stride_ - size.extra +
            (!size.depthwise && shape_.overreads() ? kOverread : 0)),
         weight_(out_channels_ * shape_.in_channels * shape_.kernel_height * shape_.kernel_width),
-        packed_(size.depthwise ? weight_.size() : shape_.packed_bytes()),
         offset_(size.depthwise ? size.groups : shape_.padded_channels()),
         multiplier_(offset_.size()),
         y_row_stride_(size.width * out_stride_ + gap),
@@ -120,17 +120,11 @@ class Problem {
         residual_row_stride_(y_row_stride_ + 2 * gap),
         residual_(size.height * residual_row_stride_ - 3 * gap - size.extra) {
     fill(variant);
-    if (size.depthwise) {
-      pack_conv2d_depthwise_weight(shape_, weight_.data(), packed_.data());
-    } else {
-      pack_conv2d_weight(shape_, weight_.data(), packed_.data());
-    }
     args_.shape = shape_;
     args_.x = x_.data();
     args_.x_row_stride = columns_ * in_stride_;
     args_.x_pixel_stride = in_stride_;
     args_.weight = weight_.data();
-    args_.packed = packed_.data();
     args_.offset = offset_.data();
     args_.multiplier = multiplier_.data();
     args_.output = variant.output;
@@ -156,6 +150,7 @@ class Problem {
     GuardedBuffer<uint8_t> y(y_size_ * element, 0xa5);
     args_.y = y.data();
     const bool depthwise = offset_.size() != shape_.padded_channels();
+    const auto packed = depthwise ? pack_depthwise_weight(args_) : pack_weight(args_);
     const int64_t units = depthwise ? shape_.out_height : conv2d_units(shape_);
     const auto kernel = depthwise ? conv2d_depthwise : conv2d;
     kernel(args_, 0, units / 3);
@@ -208,7 +203,7 @@ class Problem {
   Conv2dShape shape_;
   int64_t columns_, rows_, in_stride_, out_channels_, out_stride_;
   GuardedBuffer<uint8_t> x_;
-  GuardedBuffer<int8_t> weight_, packed_;
+  GuardedBuffer<int8_t> weight_;
   GuardedBuffer<int32_t> offset_;
   GuardedBuffer<float> multiplier_;
   int64_t y_row_stride_, y_size_, residual_row_stride_;
@@ -361,8 +356,8 @@ TEST(Conv2dPack, UnpackingGivesTheWeightBack) {
                                            s.kernel_height * s.kernel_width);
     std::vector<int8_t> weight(count), again(count), packed(static_cast<size_t>(s.packed_bytes()));
     for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
-    pack_conv2d_weight(s, weight.data(), packed.data());
-    unpack_conv2d_weight(s, packed.data(), again.data());
+    pack_conv2d_weight(Conv2dLayout::quads, s, weight.data(), packed.data());
+    unpack_conv2d_weight(Conv2dLayout::quads, s, packed.data(), again.data());
     EXPECT_EQ(again, weight);
   }
   const Conv2dShape depthwise{

@@ -90,6 +90,23 @@ class Builder {
     return add(step, y);
   }
 
+  int64_t mul(int64_t a, int64_t b, Scale y) {
+    StepData step{.kind = "mul", .name = "mul", .inputs = {a, b}};
+    step.integers["relu"] = {0};
+    set_qparams(step, "a", scale(a).scale, scale(a).zero_point);
+    set_qparams(step, "b", scale(b).scale, scale(b).zero_point);
+    set_qparams(step, "output", y.scale, y.zero_point);
+    return add(step, y);
+  }
+
+  int64_t lookup(int64_t x, Scale y) {
+    StepData step{.kind = "lookup", .name = "lookup", .inputs = {x}};
+    step.constants["table"] = constant(DType::uint8, {256}, random_.codes(256));
+    set_qparams(step, "input", scale(x).scale, scale(x).zero_point);
+    set_qparams(step, "output", y.scale, y.zero_point);
+    return add(step, y);
+  }
+
   int64_t cat(const std::vector<int64_t>& xs, Scale y) {
     StepData step{.kind = "cat", .name = "cat", .inputs = xs};
     for (size_t i = 0; i < xs.size(); ++i) {
@@ -99,9 +116,9 @@ class Builder {
     return add(step, y);
   }
 
-  int64_t global_average(int64_t x, Scale y) {
+  int64_t global_average(int64_t x, Scale y, bool flatten = true) {
     StepData step{.kind = "adaptive_avg_pool2d", .name = "mean", .inputs = {x}};
-    step.integers = {{"output_size", {1, 1}}, {"flatten", {1}}};
+    step.integers = {{"output_size", {1, 1}}, {"flatten", {flatten ? 1 : 0}}};
     set_qparams(step, "input", scale(x).scale, scale(x).zero_point);
     set_qparams(step, "output", y.scale, y.zero_point);
     return add(step, y);
@@ -162,11 +179,17 @@ inline ProgramData small_network() {
   const int64_t pool = b.max_pool2d(stem);
   const int64_t c1 = b.conv2d(pool, 16, 24, 3, 1, {0.04f, 12});
   const int64_t c2 = b.conv2d(pool, 16, 24, 1, 1, {0.05f, 101});
-  const int64_t depthwise = b.conv2d(c1, 24, 24, 3, 1, {0.03f, 140}, c2, 24);
+  const int64_t act = b.lookup(c1, {0.04f, 12});
+  const int64_t product = b.mul(act, c2, {0.05f, 100});
+  const int64_t depthwise = b.conv2d(act, 24, 24, 3, 1, {0.03f, 140}, c2, 24);
   const int64_t sum = b.add2(depthwise, c2, {0.06f, 77});
-  const int64_t cat = b.cat({sum, c1}, {0.05f, 90});
+  const int64_t cat = b.cat({sum, product}, {0.05f, 90});
   const int64_t wide = b.conv2d(cat, 48, 40, 5, 2, {0.05f, 3}, -1, 2, true);
-  const int64_t mean = b.global_average(wide, {0.02f, 0});
+  const int64_t squeezed = b.global_average(wide, {0.02f, 0}, false);
+  const int64_t gate = b.lookup(squeezed, {0.004f, 0});
+  const int64_t gated = b.mul(gate, wide, {0.02f, 20});
+  const int64_t local = b.conv2d(gated, 40, 40, 3, 1, {0.02f, 30}, -1, 40);
+  const int64_t mean = b.global_average(local, {0.02f, 0});
   return b.data({b.linear(mean, 40, 10), b.dequantize(sum)});
 }
 

@@ -38,7 +38,7 @@ std::vector<float> one_by_one(Plan& plan, const std::vector<float>& x, int64_t c
 }
 
 TEST(Plan, OutputsVary) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const std::vector<float> result = run_plan(plan, images(1, 33), 1, 3, 33, 1);
   ASSERT_EQ(result.size(), 10 + 24 * 9 * 9);
   EXPECT_GT(*std::max_element(result.begin(), result.begin() + 10),
@@ -60,7 +60,7 @@ TEST(Plan, ComputesWhatTheStepsSay) {
 }
 
 TEST(Plan, EveryTeamAndBatchGivesTheBitsOfSingleImages) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   for (const int64_t size : {33, 20}) {
     for (const int64_t count : {1, 2, 5}) {
       const std::vector<float> x = images(count, size);
@@ -73,8 +73,26 @@ TEST(Plan, EveryTeamAndBatchGivesTheBitsOfSingleImages) {
   }
 }
 
-TEST(Plan, EveryPathGivesTheBitsOfTheReference) {
+TEST(Plan, ASmallNetworkTakesOneThread) {
   Plan plan(small_network());
+  int64_t most = 0;
+  const Team counting = [&](int64_t threads, const std::function<void(int64_t, int64_t)>& body) {
+    most = std::max(most, threads);
+    run_threads(threads, body);
+  };
+  const std::vector<float> x = images(1, 16);
+  std::vector<float> logits(10), map(24 * 4 * 4);
+  const void* const data[] = {x.data()};
+  void* const outputs[] = {logits.data(), map.data()};
+  plan.run(example(1, 16), data, outputs, 16, counting);
+  EXPECT_EQ(most, 1);
+  Plan eager(small_network(), /*work_of_thread=*/1);
+  eager.run(example(1, 16), data, outputs, 16, counting);
+  EXPECT_EQ(most, 16);
+}
+
+TEST(Plan, EveryPathGivesTheBitsOfTheReference) {
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const std::vector<float> x = images(2, 33);
   std::vector<float> expected;
   for (const kernels::Path path : kernels::all_paths()) {
@@ -88,7 +106,7 @@ TEST(Plan, EveryPathGivesTheBitsOfTheReference) {
 }
 
 TEST(Plan, TuningChangesNoBitsAndIsSaved) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const std::vector<float> x = images(5, 33);
   const std::vector<float> expected = one_by_one(plan, x, 5, 33);
   for (const int64_t threads : {1, 2}) {
@@ -98,18 +116,18 @@ TEST(Plan, TuningChangesNoBitsAndIsSaved) {
   const ProgramData saved = plan.data();
   EXPECT_EQ(saved.cpu, cpu_name());
   EXPECT_GE(saved.tuning.size(), 4);
-  Plan again(saved);
+  Plan again(saved, 1);
   EXPECT_EQ(run_plan(again, x, 5, 3, 33, 2), expected);
   EXPECT_EQ(again.data().tuning.size(), saved.tuning.size());
   // On another CPU the same sizes are tuned again.
   ProgramData moved = saved;
   moved.cpu = "another";
-  Plan other(moved);
+  Plan other(moved, 1);
   EXPECT_EQ(run_plan(other, x, 5, 3, 33, 2), expected);
 }
 
 TEST(Plan, EveryChoiceOfEveryStepGivesTheSameBits) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const std::vector<float> x = images(1, 65);
   const std::vector<float> expected = run_plan(plan, x, 1, 3, 65, 1);
   plan.tune(example(1, 65), 1, run_threads);
@@ -138,7 +156,7 @@ TEST(Plan, EveryChoiceOfEveryStepGivesTheSameBits) {
 
 TEST(Plan, DataGivesTheWeightsBack) {
   const ProgramData before = small_network();
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const ProgramData after = plan.data();
   ASSERT_EQ(after.steps.size(), before.steps.size());
   for (size_t i = 0; i < before.steps.size(); ++i) {
@@ -157,7 +175,7 @@ TEST(Plan, DataGivesTheWeightsBack) {
 }
 
 TEST(Plan, KeepsABoundedNumberOfSizes) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const std::vector<float> expected = run_plan(plan, images(1, 16), 1, 3, 16, 1);
   for (int64_t size = 16; size < 40; ++size) run_plan(plan, images(1, size), 1, 3, size, 1);
   EXPECT_LE(plan.instances(), Plan::kMostInstances);
@@ -171,7 +189,7 @@ double seconds() {
 }
 
 TEST(Plan, ManyThreadsRunOneAtOnce) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   struct Case {
     std::vector<float> x, expected;
     int64_t count, size;
@@ -200,7 +218,7 @@ TEST(Plan, ManyThreadsRunOneAtOnce) {
 }
 
 TEST(Plan, ReportNamesEveryStep) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const PlanReport report = plan.report(example(1, 33), 1, run_threads, /*profile=*/true);
   ASSERT_EQ(report.steps.size(), small_network().steps.size());
   EXPECT_EQ(report.steps[1].kind, "conv2d");
@@ -253,6 +271,9 @@ TEST(PlanErrors, SayWhatIsWrongAndWhere) {
         "'weight'");
   check(refusal([](ProgramData& d) { d.steps[3].integers["input_zero_point"] = {1}; }),
         "not that of the value");
+  check(refusal([](ProgramData& d) { d.steps[5].constants["table"].shape = {255}; }), "256");
+  check(refusal([](ProgramData& d) { d.steps[5].constants["table"].dtype = DType::int8; }),
+        "'table' has the wrong type");
   check(refusal([](ProgramData& d) { d.outputs = {0}; }), "no step computes the output");
   check(refusal([](ProgramData& d) { d.outputs = {5, 5}; }), "twice");
   check(refusal([](ProgramData& d) { d.outputs = {}; }), "needs an output");
@@ -263,7 +284,7 @@ TEST(PlanErrors, SayWhatIsWrongAndWhere) {
 }
 
 TEST(PlanErrors, ShapesThatDoNotFit) {
-  Plan plan(small_network());
+  Plan plan(small_network(), /*work_of_thread=*/1);
   const auto outputs = [&](const std::vector<int64_t>& sizes) {
     const std::vector<Outside> inputs = {{shape_of(sizes), Type::float32, true}};
     return plan.outputs(inputs);

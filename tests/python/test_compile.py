@@ -85,14 +85,54 @@ def test_a_quantized_network_is_one_operator_with_the_same_bits(mapping):
         assert torch.equal(fast(x[:, :, :, : size - 1]), q(x[:, :, :, : size - 1]))
 
 
+class Moves(nn.Module):
+    """Steps that move codes, functions of one value and upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 3, padding=1)
+        self.shuffle = nn.ChannelShuffle(4)
+        self.unshuffle = nn.PixelUnshuffle(2)
+        self.b = nn.Conv2d(32, 32, 1)
+        self.up = nn.PixelShuffle(2)
+        self.nearest = nn.UpsamplingNearest2d(scale_factor=2)
+        self.bilinear = nn.Upsample(scale_factor=0.5, mode="bilinear")
+        self.c = nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")
+        self.d = nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.shuffle(nn.functional.silu(self.a(x))).chunk(2, 1)
+        wide = nn.functional.hardswish(self.b(self.unshuffle(right)))
+        wide = self.bilinear(self.nearest(self.up(wide)))
+        x = torch.cat([left, torch.sigmoid(wide)], 1)
+        return self.fc(self.d(nn.functional.pad(self.c(x), (1, 0, 2, 1))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("mapping", ["x86", "tensorrt"])
+def test_steps_that_move_codes(mapping):
+    torch.manual_seed(6)
+    q = converted(Moves(), images(), mapping)
+    fast = qt.compile(q, images(), tune=False)
+    assert len(plans(fast)) == 1
+    assert not any(isinstance(module, QuantizedModule) for module in fast.modules())
+    kinds = {step.step for step in fast.plan.steps}
+    assert kinds >= {
+        "lookup", "slice", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "pad",
+        "upsample_nearest2d", "upsample_bilinear2d", "adaptive_avg_pool2d",
+    }  # fmt: skip
+    for x in (images(), images(3, 20), images(1, 28)):
+        assert torch.equal(fast(x), q(x))
+
+
 def test_threads_change_no_bits(mixed):
     q, fast = mixed
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            for count in (1, 2, 9):
-                assert torch.equal(fast(images(count, 32)), q(images(count, 32)))
+            for x in (images(1, 32), images(2, 192), images(9, 192)):
+                assert torch.equal(fast(x), q(x))
     finally:
         torch.set_num_threads(before)
 

@@ -142,6 +142,7 @@ class Convolution : public Step {
     args.x_row_stride = x.row_stride;
     args.x_image_stride = x.image_stride;
     args.packed = packed_;
+    args.layout = layout_;
     args.offset = terms_.offset.data();
     args.multiplier = terms_.multiplier.data();
     args.output = output_ ? kernels::Conv2dOutput::codes : kernels::Conv2dOutput::float32;
@@ -171,25 +172,29 @@ class Convolution : public Step {
     return std::make_unique<DenseTask>(args, x, residual, y, x_offset);
   }
 
-  int64_t packed_bytes() const override {
-    return depthwise_ ? shape_.weights() : shape_.packed_bytes();
-  }
+  int64_t packed_bytes() const override { return packed_bytes_; }
 
   const char* packed_constant() const override { return "weight"; }
 
   void pack(uint8_t* memory) override {
     auto* packed = reinterpret_cast<int8_t*>(memory);
     const auto* weight = static_cast<const int8_t*>(weight_.data.get());
-    (depthwise_ ? kernels::pack_conv2d_depthwise_weight : kernels::pack_conv2d_weight)(
-        shape_, weight, packed);
+    if (depthwise_) {
+      kernels::pack_conv2d_depthwise_weight(shape_, weight, packed);
+    } else {
+      kernels::pack_conv2d_weight(layout_, shape_, weight, packed);
+    }
     packed_ = packed;
     weight_.data.reset();
   }
 
   std::shared_ptr<const void> unpack() const override {
     const std::shared_ptr<int8_t[]> weight(new int8_t[static_cast<size_t>(shape_.weights())]);
-    (depthwise_ ? kernels::unpack_conv2d_depthwise_weight : kernels::unpack_conv2d_weight)(
-        shape_, packed_, weight.get());
+    if (depthwise_) {
+      kernels::unpack_conv2d_depthwise_weight(shape_, packed_, weight.get());
+    } else {
+      kernels::unpack_conv2d_weight(layout_, shape_, packed_, weight.get());
+    }
     return weight;
   }
 
@@ -253,6 +258,12 @@ class Convolution : public Step {
       bias = attributes.constant("bias", DType::int32, 1);
       require(bias->elements() == sizes[0], "bias must hold one element for each output channel");
     }
+    const auto* weight = static_cast<const int8_t*>(weight_.data.get());
+    packed_bytes_ = shape_.weights();
+    if (!depthwise_) {
+      layout_ = kernels::conv2d_layout(shape_);
+      packed_bytes_ = kernels::conv2d_packed_bytes(layout_, shape_, weight);
+    }
     terms_ = kernels::channel_terms(
         {.shape = shape_,
          .depthwise = depthwise_,
@@ -262,7 +273,7 @@ class Convolution : public Step {
          .x_scale = input_.scale,
          .x_zero_point = input_.zero_point,
          .y_scale = output_ ? output_->scale : 1.0f},
-        kernels::weight_sums(shape_, static_cast<const int8_t*>(weight_.data.get())));
+        kernels::weight_sums(shape_, weight));
   }
 
   int64_t output_size(int64_t size, size_t axis, int64_t kernel, int64_t dilation) const {
@@ -293,6 +304,8 @@ class Convolution : public Step {
   std::vector<int64_t> padding_ = {0, 0};
   Conv2dShape shape_;
   Constant weight_;  // its data until pack()
+  kernels::Conv2dLayout layout_ = kernels::Conv2dLayout::quads;
+  int64_t packed_bytes_ = 0;
   const int8_t* packed_ = nullptr;
   kernels::ChannelTerms terms_;
 };

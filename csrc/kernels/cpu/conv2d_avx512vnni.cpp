@@ -3,6 +3,7 @@
 #include <array>
 #include <utility>
 
+#include "kernels/cpu/conv2d_cursor.h"
 #include "kernels/cpu/conv2d_output_avx512.h"
 #include "kernels/kernels.h"
 
@@ -175,7 +176,7 @@ void run_blocks(const Conv2dArgs& args, const Taps& taps, int64_t block_bytes, i
   Block blocks[kMostBlocks];
   for (int64_t i = 0; i < count; ++i) blocks[i] = block_of(args, first + i, block_bytes);
   int64_t pixel = begin * kTilePixels;
-  Cursor cursor(args, pixel, first / args.shape.blocks_per_group());
+  Cursor<kTilePixels> cursor(args, pixel, first / args.shape.blocks_per_group());
   Tile tile;
   for (int64_t at = begin; at < end;) {
     const bool two = at + 1 < end;
@@ -199,6 +200,7 @@ void run_blocks(const Conv2dArgs& args, const Taps& taps, int64_t block_bytes, i
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
+  if (args.layout != Conv2dLayout::quads) return portable::conv2d(args, begin, end);
   const Conv2dShape& s = args.shape;
   const Taps taps = {.rows = s.kernel_height,
                      .runs = s.runs_per_row(),

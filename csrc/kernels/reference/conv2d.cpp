@@ -37,7 +37,7 @@ void conv2d(const Conv2dArgs& given, int64_t begin, int64_t end) {
   std::vector<int8_t> unpacked;
   if (args.weight == nullptr) {
     unpacked.resize(static_cast<size_t>(s.weights()));
-    unpack_conv2d_weight(s, args.packed, unpacked.data());
+    unpack_conv2d_weight(args.layout, s, args.packed, unpacked.data());
     args.weight = unpacked.data();
   }
   const int64_t tiles = conv2d_tiles(s);

@@ -38,12 +38,47 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.seen: dict[fx.Node, _Seen] = {}
+        #: Of nodes that give several tensors.
+        self.parts: dict[fx.Node, list[_Seen]] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, Tensor):
             self.seen[node] = _Seen(result.dtype, tuple(result.shape))
+        if isinstance(result, tuple | list) and all(isinstance(r, Tensor) for r in result):
+            self.parts[node] = [_Seen(r.dtype, tuple(r.shape)) for r in result]
         return result
+
+
+def _numbers(node: fx.Node) -> list[Any]:
+    """What a module is called with beside values of the graph, lists flattened."""
+    numbers: list[Any] = list(node.kwargs.values())
+
+    def look(argument: Any) -> None:
+        if isinstance(argument, list | tuple):
+            for item in argument:
+                look(item)
+        elif not isinstance(argument, fx.Node):
+            numbers.append(argument)
+
+    look(node.args)
+    return numbers
+
+
+_CUTS = {torch.chunk, torch.split, "chunk", "split"}
+
+
+def _is_part(node: fx.Node) -> bool:
+    """True for one of the tensors that ``chunk`` or ``split`` gave."""
+    return (
+        node.op == "call_function"
+        and node.target is operator.getitem
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op in ("call_function", "call_method")
+        and node.args[0].target in _CUTS
+        and len(node.args[0].all_input_nodes) == 1
+        and isinstance(node.args[1], int)
+    )
 
 
 def _flattens(node: fx.Node) -> bool:
@@ -65,14 +100,15 @@ class _Part:
 
 
 class _Compiler:
-    def __init__(self, module: fx.GraphModule, seen: dict[fx.Node, _Seen]) -> None:
+    def __init__(self, module: fx.GraphModule, recorder: _Recorder) -> None:
         self.module = module
-        self.seen = seen
+        self.seen = recorder.seen
+        self.parts = recorder.parts
         self.plans: list[Plan] = []
 
     def _step_of(self, node: fx.Node) -> PlanStep | None:
         """The node as a step; None if the engine has none for it."""
-        inputs = _arguments(node)
+        inputs = self._arguments(node)
         if node not in self.seen or any(i not in self.seen for i in inputs) or not inputs:
             return None
         seen = [self.seen[i] for i in inputs]
@@ -84,15 +120,17 @@ class _Compiler:
             return None  # a broadcast batch
         called = called_module(node, self.module)
         if isinstance(called, QuantizedModule):
-            step = called.plan_step([s.dtype for s in seen])
-            # Broadcasting is left to the operator.
-            if step is not None and step.kind in ("add", "conv2d") and len(seen) == 2:
-                shapes = {s.shape for s in seen} if step.kind == "add" else set()
-                if len(shapes) > 1 or (
-                    step.kind == "conv2d" and seen[1].shape != self.seen[node].shape
-                ):
+            step = called.plan_step_of_call([s.dtype for s in seen], _numbers(node))
+            # Other broadcasting is left to the operators.
+            if step is not None and len(seen) == 2 and step.kind in ("add", "conv2d", "mul"):
+                shape = self.seen[node].shape
+                same = {s.shape == shape for s in (seen[1:] if step.kind == "conv2d" else seen)}
+                gated = {shape, (*shape[:2], 1, 1)} == {s.shape for s in seen}
+                if same != {True} and not (step.kind == "mul" and gated and len(shape) == 4):
                     return None
             return step
+        if _is_part(node):
+            return self._slice_of(node)
         is_codes = seen[0].dtype != torch.float32
         if (_flattens(node) or isinstance(called, nn.Flatten)) and is_codes:
             flatten = called if isinstance(called, nn.Flatten) else None
@@ -103,6 +141,30 @@ class _Compiler:
             return PlanStep("flatten")
         return None
 
+    def _arguments(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a node reads; a part of a tensor that was cut reads that tensor."""
+        if _is_part(node):
+            return _arguments(node.args[0])  # type: ignore[arg-type]
+        return _arguments(node)
+
+    def _slice_of(self, node: fx.Node) -> PlanStep | None:
+        """A part of the channels as a step."""
+        cut, index = node.args
+        assert isinstance(cut, fx.Node)
+        assert isinstance(index, int)
+        parts = self.parts.get(cut)
+        source = self.seen[self._arguments(node)[0]]
+        if parts is None or source.dtype == torch.float32 or not -len(parts) <= index < len(parts):
+            return None
+        index %= len(parts)
+        channels = 1 if len(source.shape) == 4 else len(source.shape) - 1
+        others = [p.shape[:channels] + p.shape[channels + 1 :] for p in parts]
+        whole = source.shape[:channels] + source.shape[channels + 1 :]
+        if any(other != whole for other in others):
+            return None  # cut along another dimension
+        first = sum(p.shape[channels] for p in parts[:index])
+        return PlanStep("slice", first=first, count=parts[index].shape[channels])
+
     def run(self) -> None:
         """Replaces nodes by plans."""
         steps = {node: self._step_of(node) for node in self.module.graph.nodes}
@@ -112,7 +174,8 @@ class _Compiler:
             step = steps[node]
             # Plans have odd stages, all else even ones; an edge between the two goes up.
             parity = 0 if step is None else 1
-            before = [stage[source] for source in node.all_input_nodes]
+            sources = node.all_input_nodes if step is None else self._arguments(node)
+            before = [stage[source] for source in sources]
             stage[node] = max((s + (s % 2 != parity) for s in before), default=parity)
             if step is not None:
                 parts.setdefault(stage[node], _Part()).nodes.append((node, step))
@@ -147,7 +210,7 @@ class _Compiler:
         values: dict[fx.Node, int] = {}
         state = _State()
         for node in inside:
-            for source in _arguments(node):
+            for source in self._arguments(node):
                 if source not in inside and source not in values:
                     values[source] = len(part.inputs)
                     part.inputs.append(source)
@@ -176,7 +239,7 @@ class _Compiler:
                 copy = PlanStep("copy", signed=dtype == torch.int8)
                 values[source] = add(source, copy, [values[source]])
         for node, step in part.nodes:
-            values[node] = add(node, step, [values[i] for i in _arguments(node)])
+            values[node] = add(node, step, [values[i] for i in self._arguments(node)])
         outputs = [node for node in inside if any(user not in inside for user in node.users)]
         for node in outputs:
             dtype = self.seen[node].dtype
@@ -202,12 +265,25 @@ class _Compiler:
             self.module.graph.erase_node(node)
         _sort(self.module.graph)
 
+    def _zero_point_of(self, value: fx.Node, inside: dict[fx.Node, PlanStep]) -> int | None:
+        """The zero point of codes, as the steps that read them have it."""
+        for user, step in inside.items():
+            if value not in self._arguments(user):
+                continue
+            if step.input_names:
+                name = step.input_names[self._arguments(user).index(value)]
+                return step.integers[f"{name}_zero_point"][0]
+            found = self._zero_point_of(user, inside)  # a step that only moves codes
+            if found is not None:
+                return found
+        return None
+
     def _input_of(self, source: fx.Node, inside: dict[fx.Node, PlanStep]) -> list[int]:
         """Rank, type and zero point of an input of the plan."""
         seen = self.seen[source]
         zero_point = None
         if seen.dtype != torch.float32:
-            zero_point = _zero_point_of(source, inside)
+            zero_point = self._zero_point_of(source, inside)
         return [len(seen.shape), _TYPES[seen.dtype], zero_point or 0]
 
 
@@ -236,21 +312,6 @@ class _State:
             ((self.kinds, self.names, self.step_inputs), self.integers, self.constants),
             (self.outputs, [], []),
         )
-
-
-def _zero_point_of(value: fx.Node, inside: dict[fx.Node, PlanStep]) -> int | None:
-    """The zero point of codes, as the steps that read them have it."""
-    for user in value.users:
-        step = inside.get(user)
-        if step is None:
-            continue
-        if step.input_names:
-            name = step.input_names[_arguments(user).index(value)]
-            return step.integers[f"{name}_zero_point"][0]
-        found = _zero_point_of(user, inside)  # a step that only moves codes
-        if found is not None:
-            return found
-    return None
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
@@ -297,7 +358,7 @@ def compile_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> list[Plan]
     recorder = _Recorder(module)
     with torch.no_grad():
         recorder.run(*inputs)
-    compiler = _Compiler(module, recorder.seen)
+    compiler = _Compiler(module, recorder)
     compiler.run()
     return compiler.plans
 

@@ -116,7 +116,7 @@ def _fuse_batch_norm(node: fx.Node, module: fx.GraphModule) -> None:
 
     user = only_user(node)
     if user is not None and len(set(user.args)) == 2:
-        add = take(1, lambda called: is_plain(called, functional.Add))
+        add = take(1, lambda called: is_plain(called, functional.Add) and not called.broadcast)
         if add is not None:
             residual = next(arg for arg in add.args if arg is not node)
     take(2, lambda called: relu_bound(called)[0])

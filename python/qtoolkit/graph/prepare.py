@@ -206,14 +206,14 @@ def _first_float_only(matches: list[Match], module: fx.GraphModule) -> tuple[fx.
     wanted = {node for nodes in inputs.values() for node in nodes}
     codes = {match.output for match in matches}
     for match in matches:
-        if not match.pattern.needs_codes:
+        if not match.needs_codes:
             codes.update(inputs[match])
     for match in reversed(matches):
         if match.output not in wanted and (match.residual or not match.pattern.float_output):
             # With a fused addition the layer itself stays: only the addition is given up.
             adds = [node for node in match.nodes if len(node.args) == 2] if match.residual else []
             return [*adds, match.anchor][0], "only float layers use its output"
-        if match.pattern.needs_codes and not codes.issuperset(inputs[match]):
+        if match.needs_codes and not codes.issuperset(inputs[match]):
             return match.anchor, "a float layer makes its input"
     return None
 

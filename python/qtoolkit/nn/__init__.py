@@ -3,9 +3,10 @@
 from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
-from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
+from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
 from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
+from qtoolkit.nn.matmul import Matmul
 from qtoolkit.nn.moving import (
     ChannelShuffle,
     Pad,
@@ -41,8 +42,10 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Lookup",
+    "Matmul",
     "MaxPool2d",
     "Mean",
+    "Mul",
     "Pad",
     "PixelShuffle",
     "PixelUnshuffle",

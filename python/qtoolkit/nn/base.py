@@ -154,6 +154,10 @@ class QuantizedModule(nn.Module):
         code = round(upper / float(self.output_scale)) + zero_point
         self.quant_max = max(min(self.format_max, code), zero_point)
 
+    def plan_step_of_call(self, dtypes: list[torch.dtype], numbers: list[Any]) -> PlanStep | None:
+        """The same where the call also gives numbers; None if they are not known to the step."""
+        return None if numbers else self.plan_step(dtypes)
+
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
         """This layer as a step of a plan, for inputs of those dtypes; None if there is none."""
         return None

@@ -1,5 +1,5 @@
-"""Layers that work on codes element by element: quantize, dequantize, add, cat, ReLU, batch
-norm."""
+"""Layers that work on codes element by element: quantize, dequantize, add, mul, cat, ReLU,
+batch norm."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Dequantize(QuantizedModule):
 
 
 class Add(QuantizedModule):
-    """Sum of two tensors of codes of one shape, with ReLU fused where asked."""
+    """Sum of two tensors of codes, with ReLU fused where asked; shapes are broadcast."""
 
     kernel = "add"
 
@@ -101,6 +101,52 @@ class Add(QuantizedModule):
 
     def formats(self) -> str:
         return f"8-bit + 8-bit -> {code_format(self.quant_min)}"
+
+
+class Mul(QuantizedModule):
+    """Product of two tensors of codes, with ReLU fused where asked; shapes are broadcast."""
+
+    kernel = "mul"
+
+    def __init__(
+        self,
+        a: QParams,
+        b: QParams,
+        *,
+        output: QParams,
+        relu: bool = False,
+        upper: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.relu = relu
+        self._register_qparams("a", a)
+        self._register_qparams("b", b)
+        self._register_output(output, upper)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return ops.mul(
+            a,
+            self.a_scale,
+            self.a_zero_point,
+            b,
+            self.b_scale,
+            self.b_zero_point,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.relu,
+        )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("mul", relu=self.relu)
+        step.input("a", self.a_scale, self.a_zero_point, dtypes[0])
+        step.input("b", self.b_scale, self.b_zero_point, dtypes[1])
+        step.output(self)
+        return step
+
+    def formats(self) -> str:
+        return f"8-bit x 8-bit -> {code_format(self.quant_min)}"
 
 
 class Cat(QuantizedModule):

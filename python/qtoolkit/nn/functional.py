@@ -12,13 +12,41 @@ from torch.nn import functional
 
 
 class Add(nn.Module):
-    """``a + b`` of two tensors of one shape."""
+    """``a + b`` of two tensors.
+
+    Args:
+        broadcast: True if their shapes differ.
+    """
 
     #: The name by which ``QConfigMapping.set_module_type`` knows it.
     op_name = "add"
 
+    def __init__(self, *, broadcast: bool = False) -> None:
+        super().__init__()
+        self.broadcast = broadcast
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+
+class Mul(nn.Module):
+    """``a * b`` of two tensors."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "mul"
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+
+class Matmul(nn.Module):
+    """``a @ b`` of two activations."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "matmul"
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
 
 
 class Cat(nn.Module):

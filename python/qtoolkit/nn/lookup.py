@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 
 
 class Lookup(QuantizedModule):
@@ -32,6 +32,19 @@ class Lookup(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.lookup(x, self.table)
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        # Inside a plan int8 codes are code + 128.
+        table = self.table.view(torch.uint8)
+        if dtypes[0] == torch.int8:
+            table = table.roll(128)
+        if self.quant_min < 0:
+            table = table ^ 128
+        step = PlanStep("lookup")
+        step.constant("table", table)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def kind(self) -> str:
         return f"Lookup({self.function})"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule
 
 
 class _MovingModule(QuantizedModule):
@@ -36,6 +39,13 @@ class Pad(_MovingModule):
             x, self.input_scale, self.input_zero_point, self.pad if pad is None else pad, self.mode
         )
 
+    def plan_step_of_call(self, dtypes: list[torch.dtype], numbers: list[Any]) -> PlanStep | None:
+        pad = [*(numbers or self.pad), 0, 0][:4]
+        if len(numbers or self.pad) > 4 or not all(isinstance(side, int) for side in pad):
+            return None
+        modes = ["constant", "reflect", "replicate", "circular"]
+        return PlanStep("pad", pad=pad, mode=modes.index(self.mode))
+
 
 class UpsampleNearest2d(_MovingModule):
     """Nearest upsampling by factors, or to a size given at the call.
@@ -62,10 +72,24 @@ class UpsampleNearest2d(_MovingModule):
             return ops.upsample_nearest2d(x, None, self.scale_factors, self.exact)
         return ops.upsample_nearest2d(x, size, None, self.exact)
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        factors = exact_factors(self.scale_factors)
+        if factors is None:
+            return None
+        step = PlanStep("upsample_nearest2d", exact=self.exact, recompute=self.recompute)
+        step.constant("factors", factors)
+        return step
+
 
 def resized(x: Tensor, factors: list[float]) -> list[int]:
     """Height and width of an image times factors."""
     return [int(x.size(2) * factors[0]), int(x.size(3) * factors[1])]
+
+
+def exact_factors(factors: list[float]) -> Tensor | None:
+    """The factors in float32; None if that rounds them."""
+    result = torch.tensor(factors, dtype=torch.float32)
+    return result if result.tolist() == factors else None
 
 
 class ChannelShuffle(_MovingModule):
@@ -82,6 +106,9 @@ class ChannelShuffle(_MovingModule):
             return functional.channel_shuffle(x, self.groups)
         return ops.channel_shuffle(x, self.groups)
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        return PlanStep("channel_shuffle", groups=self.groups)
+
 
 class PixelShuffle(_MovingModule):
     """``torch.nn.PixelShuffle`` of codes."""
@@ -97,6 +124,9 @@ class PixelShuffle(_MovingModule):
             return functional.pixel_shuffle(x, self.factor)
         return ops.pixel_shuffle(x, self.factor)
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        return PlanStep("pixel_shuffle", factor=self.factor)
+
 
 class PixelUnshuffle(_MovingModule):
     """``torch.nn.PixelUnshuffle`` of codes."""
@@ -111,3 +141,6 @@ class PixelUnshuffle(_MovingModule):
         if x.dim() != 4:
             return functional.pixel_unshuffle(x, self.factor)
         return ops.pixel_unshuffle(x, self.factor)
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        return PlanStep("pixel_unshuffle", factor=self.factor)

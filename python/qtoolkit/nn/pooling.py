@@ -191,6 +191,14 @@ class Mean(QuantizedModule):
             self.quant_max,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        if sorted(self.dims) not in ([2, 3], [-2, -1]):
+            return None
+        step = PlanStep("adaptive_avg_pool2d", output_size=[1, 1], flatten=not self.keepdim)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
 
@@ -210,3 +218,6 @@ class Sum(Mean):
             self.quant_min,
             self.quant_max,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
-from qtoolkit.nn.moving import resized
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.moving import exact_factors, resized
 
 
 class UpsampleBilinear2d(QuantizedModule):
@@ -52,6 +53,18 @@ class UpsampleBilinear2d(QuantizedModule):
             self.quant_min,
             self.quant_max,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        factors = exact_factors(self.scale_factors)
+        if factors is None:
+            return None
+        step = PlanStep(
+            "upsample_bilinear2d", align_corners=self.align_corners, recompute=self.recompute
+        )
+        step.constant("factors", factors)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"

@@ -155,7 +155,6 @@ class LookupPattern(Pattern):
     """``nn.SiLU``, ``torch.sigmoid``, ``F.gelu``, ``x + 3``, ``x.clamp(-1, 1)``, …"""
 
     types = (*_ACTIVATIONS, functional.WithNumber)
-    needs_codes = True
 
     def as_module(self, node: fx.Node, module: fx.GraphModule) -> AsModule | None:
         if not node.args:
@@ -180,7 +179,7 @@ class LookupPattern(Pattern):
         while user is not None and user not in taken and _is_function(user, module):
             nodes.append(user)
             user = only_user(user)
-        return Match(self, tuple(nodes), (node.args[0],))
+        return Match(self, tuple(nodes), (node.args[0],), needs_codes=True)
 
     def lower(
         self,
