@@ -29,12 +29,12 @@ def _layer_norm(
 
 
 class _NormPattern(Pattern):
-    needs_codes = True
+    """One layer without a weight."""
 
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
         if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
             return None
-        return Match(self, (node,), (node.args[0],))
+        return Match(self, (node,), (node.args[0],), needs_codes=True)
 
 
 @register_pattern
