@@ -49,7 +49,6 @@ from qtoolkit.ops.low_bit import (
     fake_quantize_float,
     fake_quantize_ternary,
 )
-from qtoolkit.ops.normalization import layer_norm, softmax
 from qtoolkit.ops.plan import make_plan, run_plan
 from qtoolkit.ops.shapes import (
     channel_shuffle,
@@ -92,7 +91,6 @@ __all__ = [
     "fake_quantize_relu",
     "fake_quantize_ternary",
     "histogram",
-    "layer_norm",
     "linear",
     "linear_dynamic",
     "lookup",
@@ -112,7 +110,6 @@ __all__ = [
     "quantize_per_tensor",
     "requantize",
     "run_plan",
-    "softmax",
     "sum",
     "upsample_bilinear2d",
     "upsample_nearest2d",

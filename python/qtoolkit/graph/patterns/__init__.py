@@ -18,7 +18,6 @@ from qtoolkit.graph.patterns import (
     avg_pool,
     mean,
     upsample,
-    normalization,
 )
 
 # isort: on
@@ -46,7 +45,6 @@ __all__ = [
     "matmul",
     "mean",
     "mul",
-    "normalization",
     "pattern_of",
     "patterns",
     "register_pattern",
