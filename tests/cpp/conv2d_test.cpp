@@ -234,6 +234,16 @@ const std::vector<Size>& sizes() {
       {3, 7, 4, 1, 3, 5, 5, 3},
       {8, 8, 4, 8, 8, 1, 1},
       {5, 7, 2, 5, 9, 3, 3, 1, 2, 7},
+      // Linear layers of few rows and many weights, with one and several blocks of channels left.
+      {1, 1, 1, 515, 225, 1, 1},
+      {1, 2, 1, 512, 96, 1, 1},
+      {1, 3, 1, 600, 129, 1, 1},
+      {1, 4, 1, 513, 96, 1, 1},
+      {2, 3, 1, 512, 70, 1, 1, 2},
+      {1, 7, 1, 530, 33, 1, 1},
+      {2, 7, 1, 512, 64, 1, 1},
+      {3, 5, 1, 512, 65, 1, 1},
+      {4, 7, 1, 519, 40, 1, 1},
       // What the AVX2 path computes in Winograd's way, with odd sizes.
       {1, 1, 1, 32, 8, 3, 3},
       {9, 5, 2, 32, 40, 3, 3, 1, 1, 3},
