@@ -20,7 +20,7 @@ def facts() -> dict[str, Any]:
     from _common import cpu_name
 
     versions = {}
-    for name in ("torch", "torchvision", "qtoolkit", "onnxruntime", "openvino", "nncf"):
+    for name in ("torch", "torchvision", "qtoolkit", "torchao", "onnxruntime", "openvino", "nncf"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

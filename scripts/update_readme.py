@@ -10,17 +10,22 @@ from pathlib import Path
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
+def between(readme: str, begin: str, end: str, lines: list[str]) -> str:
+    """The text with these lines between two markers; raises ValueError without the markers."""
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"README.md needs the lines {begin} and {end}")
+    return before + begin + "\n" + "\n".join(lines) + "\n" + end + after
+
+
 def with_results(readme: str, result: dict) -> str:
-    """The text of README.md with the result's table; raises ValueError without the markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END}")
+    """The text of README.md with the result's table."""
     note = result["torch_ao_left_out"]
     lines = [result["table"], "", result["facts"]]
     if note:
         lines.append(f"torch.ao.quantization is left out: {note}.")
-    return before + begin + "\n" + "\n".join(lines) + "\n" + end + after
+    return between(readme, BEGIN, END, lines)
 
 
 def main() -> None:

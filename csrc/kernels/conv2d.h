@@ -4,7 +4,8 @@
 //   y       = clamp(rne(float(acc) * multiplier[c] + r) + zero_point, lo, hi)
 //   r       = float(residual - residual_zero_point) * residual_multiplier, or absent
 // or, with float output,
-//   y       = float(acc) * multiplier[c], then max(y, 0) if relu.
+//   y       = float(acc) * multiplier[c], then max(y, 0) if relu,
+// or, with int32 output (of conv2d alone), y = acc.
 //
 // x holds unsigned codes, with the zero point in the border, so no tap needs a check; the caller
 // folds the zero point and the bias into offset: offset[c] = bias[c] - x_zero_point * sum(w[c]).
@@ -45,24 +46,37 @@ struct Conv2dShape {
     return padded_channels() * kernel_height * runs_per_row() * run_quads() * 4;
   }
   int64_t pixels() const { return images * out_height * out_width; }  // of the output
+  int64_t weights() const {
+    return groups * out_channels * in_channels * kernel_height * kernel_width;
+  }
 };
 
-enum class Conv2dOutput : uint8_t { codes, float32 };
+// How packed weights lie in memory. Most paths read quads of input bytes,
+// [group][block][kernel_height][run][quad][kChannelBlock][4]; steps are in conv2d_steps.h.
+enum class Conv2dLayout : uint8_t { quads, steps };
+
+enum class Conv2dOutput : uint8_t { codes, float32, int32 };
 
 struct Conv2dArgs {
   Conv2dShape shape;
   const uint8_t* x = nullptr;  // first tap of the first output pixel, channel 0 of group 0
   // Bytes; pixels lie side by side. With one image x_image_stride does not matter.
   int64_t x_image_stride = 0, x_row_stride = 0, x_pixel_stride = 0;
-  const int8_t* weight = nullptr;  // canonical [groups * out_channels, in_channels, kh, kw]
-  // pack_conv2d_weight's; the reference does not read it. Fastest at a multiple of 64 bytes.
+  // Canonical [groups * out_channels, in_channels, kh, kw]: for the reference alone, which unpacks
+  // `packed` where it is nullptr.
+  const int8_t* weight = nullptr;
+  // pack_conv2d_weight's, at a multiple of 64 bytes; conv2d_packed_block's may be elsewhere.
   const int8_t* packed = nullptr;
+  // Of packed. A path that does not read it, since another one was forced after packing, leaves the
+  // call to the portable one.
+  Conv2dLayout layout = Conv2dLayout::quads;
   const int32_t* offset = nullptr;    // [padded_channels()]
   const float* multiplier = nullptr;  // [padded_channels()]
 
   Conv2dOutput output = Conv2dOutput::codes;
-  // NHWC, groups * out_channels side by side in a pixel, uint8/int8 codes or float32. Strides are
-  // in elements; without gaps a row is out_width * y_pixel_stride and an image out_height rows.
+  // NHWC, groups * out_channels side by side in a pixel, uint8/int8 codes, float32 or int32.
+  // Strides in elements; without gaps a row is out_width * y_pixel_stride and an image out_height
+  // rows.
   void* y = nullptr;
   int64_t y_image_stride = 0, y_row_stride = 0, y_pixel_stride = 0;
   int32_t zero_point = 0, lo = 0, hi = 255;  // codes
@@ -97,14 +111,22 @@ static inline int32_t wrapping_add(int32_t a, int32_t b) {
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end);
 
-// The layout of every CPU path: [group][block][kernel_height][run][quad][kChannelBlock][4].
-// packed holds shape.packed_bytes() bytes.
-void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
+// What the path of the next call reads fastest; the size of the output does not matter.
+Conv2dLayout conv2d_layout(const Conv2dShape& shape);
+int64_t conv2d_packed_bytes(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* weight);
+void pack_conv2d_weight(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* weight,
+                        int8_t* packed);
+void unpack_conv2d_weight(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* packed,
+                          int8_t* weight);
+// What a call for the blocks from this one on reads.
+const int8_t* conv2d_packed_block(Conv2dLayout layout, const Conv2dShape& shape,
+                                  const int8_t* packed, int64_t block);
 
 // Depthwise: groups == channels, one input and one output channel each (in_channels and
 // out_channels of the shape are 1). packed is [kernel_height * kernel_width][channels]; offset and
 // multiplier have `groups` entries. Units of work are output rows, flat over images * out_height.
 void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end);
 void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
+void unpack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* packed, int8_t* weight);
 
 }  // namespace qtoolkit::kernels

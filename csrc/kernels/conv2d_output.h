@@ -29,6 +29,10 @@ static inline Conv2dPlace conv2d_place(const Conv2dArgs& args, int64_t pixel) {
 static inline void store_conv2d_output(const Conv2dArgs& args, Conv2dPlace place, int64_t channel,
                                        int32_t acc, float multiplier) {
   const int64_t index = place.y + channel;
+  if (args.output == Conv2dOutput::int32) {
+    static_cast<int32_t*>(args.y)[index] = acc;
+    return;
+  }
   float value = static_cast<float>(acc) * multiplier;
   if (args.output == Conv2dOutput::float32) {
     if (args.relu && value < 0.0f) value = 0.0f;

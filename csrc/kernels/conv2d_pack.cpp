@@ -1,27 +1,26 @@
+#include "kernels/conv2d_pack.h"
+
 #include <algorithm>
 
-#include "kernels/conv2d.h"
-
 namespace qtoolkit::kernels {
+namespace {
 
-void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
-  const Conv2dShape& s = shape;
-  std::fill_n(packed, s.packed_bytes(), int8_t{0});
+// Calls visit(index in the canonical weight, index in the packed one) for every weight.
+template <class Visit>
+void for_each_weight(const Conv2dShape& s, const Visit& visit) {
   const int64_t taps_per_run = s.kernel_width / s.runs_per_row();
+  int64_t from = 0;
   for (int64_t group = 0; group < s.groups; ++group) {
     for (int64_t channel = 0; channel < s.out_channels; ++channel) {
-      const int8_t* from = weight + (group * s.out_channels + channel) * s.in_channels *
-                                        s.kernel_height * s.kernel_width;
       const int64_t block = group * s.blocks_per_group() + channel / kChannelBlock;
       const int64_t lane = channel % kChannelBlock;
-      for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
-        for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
-          const int64_t run = (block * s.kernel_height + ky) * s.runs_per_row() + kx / taps_per_run;
-          for (int64_t i = 0; i < s.in_channels; ++i) {
+      for (int64_t i = 0; i < s.in_channels; ++i) {
+        for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+          const int64_t row = (block * s.kernel_height + ky) * s.runs_per_row();
+          for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
             const int64_t byte = kx % taps_per_run * s.in_channels + i;
-            const int64_t quad = run * s.run_quads() + byte / 4;
-            packed[(quad * kChannelBlock + lane) * 4 + byte % 4] =
-                from[(i * s.kernel_height + ky) * s.kernel_width + kx];
+            const int64_t quad = (row + kx / taps_per_run) * s.run_quads() + byte / 4;
+            visit(from++, (quad * kChannelBlock + lane) * 4 + byte % 4);
           }
         }
       }
@@ -29,13 +28,32 @@ void pack_conv2d_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* 
   }
 }
 
-void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
-  const int64_t taps = shape.kernel_height * shape.kernel_width;
-  for (int64_t channel = 0; channel < shape.groups; ++channel) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      packed[tap * shape.groups + channel] = weight[channel * taps + tap];
-    }
+template <class Visit>
+void for_each_depthwise_weight(const Conv2dShape& s, const Visit& visit) {
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  for (int64_t channel = 0; channel < s.groups; ++channel) {
+    for (int64_t tap = 0; tap < taps; ++tap) visit(channel * taps + tap, tap * s.groups + channel);
   }
+}
+
+}  // namespace
+
+void pack_quads(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
+  std::fill_n(packed, shape.packed_bytes(), int8_t{0});
+  for_each_weight(shape, [&](int64_t i, int64_t at) { packed[at] = weight[i]; });
+}
+
+void unpack_quads(const Conv2dShape& shape, const int8_t* packed, int8_t* weight) {
+  for_each_weight(shape, [&](int64_t i, int64_t at) { weight[i] = packed[at]; });
+}
+
+void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
+  for_each_depthwise_weight(shape, [&](int64_t i, int64_t at) { packed[at] = weight[i]; });
+}
+
+void unpack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* packed,
+                                    int8_t* weight) {
+  for_each_depthwise_weight(shape, [&](int64_t i, int64_t at) { weight[i] = packed[at]; });
 }
 
 }  // namespace qtoolkit::kernels

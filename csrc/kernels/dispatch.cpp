@@ -62,13 +62,18 @@ const Line& choose(Kernel kernel) {
   return *best;  // every kernel has a portable path
 }
 
-AnyFunction select(Kernel kernel) {
-  Choice& choice = choice_of(kernel);
+const Line* selected(Choice& choice, Kernel kernel) {
   const Line* line = choice.selected.load(std::memory_order_acquire);
   if (line == nullptr) {
     line = &choose(kernel);
     choice.selected.store(line, std::memory_order_release);
   }
+  return line;
+}
+
+AnyFunction select(Kernel kernel) {
+  Choice& choice = choice_of(kernel);
+  const Line* line = selected(choice, kernel);
   if (choice.latest.load(std::memory_order_relaxed) != line) choice.latest.store(line);
   return line->function;
 }
@@ -159,7 +164,7 @@ std::vector<Path> paths_of(Kernel kernel) {
   return result;
 }
 
-Path selected_path(Kernel kernel) { return choose(kernel).path; }
+Path selected_path(Kernel kernel) { return selected(choice_of(kernel), kernel)->path; }
 
 void force_path(std::optional<Path> path) {
   if (path && !supported(*path)) {

@@ -8,11 +8,16 @@
 #include "kernels/fake_quantize.h"
 #include "kernels/learned.h"
 #include "kernels/low_bit.h"
+#include "kernels/matmul.h"
+#include "kernels/move.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"
 #include "kernels/quantize.h"
 #include "kernels/quantize_image.h"
+#include "kernels/quantize_rows.h"
+#include "kernels/scale_sums.h"
 #include "kernels/statistics.h"
+#include "kernels/upsample.h"
 
 namespace qtoolkit::kernels {
 

@@ -8,11 +8,16 @@ namespace qtoolkit::ops {
 
 void check_weight(const char* op, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias) {
+  check_weight(op, x, weight, weight.sym_size(0), weight_scale, bias);
+}
+
+void check_weight(const char* op, const Tensor& x, const Tensor& weight,
+                  const c10::SymInt& channels, const Tensor& weight_scale,
+                  const OptionalTensor& bias) {
   check_dtype(op, "weight", weight, at::kChar);
   check_device(op, "weight", weight, x);
   check_dtype(op, "weight_scale", weight_scale, at::kFloat);
   check_device(op, "weight_scale", weight_scale, x);
-  const c10::SymInt channels = weight.sym_size(0);
   TORCH_CHECK_VALUE(channels > 0, "qtoolkit::", op, ": weight has no output channels, got ",
                     describe(weight));
   TORCH_CHECK_VALUE(weight_scale.dim() <= 1 &&
@@ -101,12 +106,14 @@ PackedHandle attach_weight(kernels::Conv2dArgs& args, const ConvParams& params,
                                        .bias = tensors.bias ? &bias : nullptr,
                                        .shape = args.shape,
                                        .depthwise = tensors.depthwise,
+                                       .transposed = tensors.transposed,
                                        .x_scale = params.x_scale,
                                        .x_zero_point = params.x_zero_point,
                                        .y_scale = params.y_scale});
   const Tensor& canonical = packed.weight->canonical;
   args.weight = (canonical.defined() ? canonical : tensors.weight).const_data_ptr<int8_t>();
   args.packed = packed.weight->bytes.get();
+  args.layout = packed.weight->layout;
   args.offset = packed.terms->offset.data();
   args.multiplier = packed.terms->multiplier.data();
   return packed;

@@ -11,6 +11,10 @@ namespace qtoolkit::ops {
 // weight int8, weight_scale [out_channels] or [1], bias int32 [out_channels], on the device of x.
 void check_weight(const char* op, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias);
+// The same for a weight whose output channels are not its first dimension.
+void check_weight(const char* op, const Tensor& x, const Tensor& weight,
+                  const c10::SymInt& out_channels, const Tensor& weight_scale,
+                  const OptionalTensor& bias);
 
 // The parameters of the output, both or neither; returns the output's dtype.
 at::ScalarType check_output_qparams(const char* op, const OptionalTensor& y_scale,
@@ -46,6 +50,7 @@ struct WeightTensors {
   const Tensor& weight_scale;
   const OptionalTensor& bias;
   bool depthwise;
+  std::optional<TransposedPart> transposed = {};
 };
 // Points args at the packed weight, which lives as long as the handle.
 PackedHandle attach_weight(kernels::Conv2dArgs& args, const ConvParams& params,

@@ -10,9 +10,7 @@
 #endif
 
 namespace qtoolkit::ops {
-namespace {
-
-void advise(void* memory, size_t bytes) {
+void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // A last page that would be used for less than a half stays in small ones. Failure is no error:
   // small pages do as well.
@@ -22,6 +20,8 @@ void advise(void* memory, size_t bytes) {
   (void)bytes;
 #endif
 }
+
+namespace {
 
 // The block comes from PyTorch's CPU allocator, which is asked for two pages more: their
 // memory is not touched, so they cost address space only. Its context holds that block, so that
@@ -35,7 +35,7 @@ class HugePageAllocator final : public c10::Allocator {
     const auto address = reinterpret_cast<uintptr_t>(block->get());
     const uintptr_t aligned = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
     void* const memory = reinterpret_cast<void*>(aligned);
-    advise(memory, bytes);
+    advise_huge_pages(memory, bytes);
     return {memory, block, &release, c10::Device(c10::DeviceType::CPU)};
   }
 

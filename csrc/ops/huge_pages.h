@@ -14,6 +14,9 @@ namespace qtoolkit::ops {
 inline constexpr size_t kHugePageBytes = size_t{2} << 20;
 inline constexpr size_t kHugeTensorBytes = 2 * kHugePageBytes;
 
+// Asks the system for huge pages for memory that starts at one; without effect where it has none.
+void advise_huge_pages(void* memory, size_t bytes);
+
 // PyTorch's CPU allocator, from which blocks of kHugeTensorBytes and more come aligned to huge
 // pages, which the system is asked to use (where it knows them). Smaller blocks are as ever.
 c10::Allocator* huge_page_allocator();

@@ -3,13 +3,21 @@
 
 #include <cstdint>
 #include <memory>
-#include <vector>
+#include <optional>
 
 #include "kernels/conv2d.h"
+#include "kernels/conv2d_terms.h"
+#include "kernels/conv_transpose2d.h"
 #include "ops/aligned_buffer.h"
 #include "ops/checks.h"
 
 namespace qtoolkit::ops {
+
+// The taps of a transposed convolution's weight that make one of its convolutions.
+struct TransposedPart {
+  kernels::TransposedTaps rows, columns;
+  bool operator==(const TransposedPart&) const = default;
+};
 
 // All that it depends on.
 struct WeightRequest {
@@ -18,7 +26,10 @@ struct WeightRequest {
   const Tensor& weight_scale;         // float32 [groups * out_channels] or [1], contiguous
   const Tensor* bias;                 // int32 [groups * out_channels], contiguous, or nullptr
   const kernels::Conv2dShape& shape;  // the output's size does not matter
+  kernels::Conv2dLayout layout = kernels::conv2d_layout(shape);  // not of a depthwise one
   bool depthwise = false;
+  // Of a transposed convolution, whose weight is int8 [groups * in_channels, out_channels, ...].
+  std::optional<TransposedPart> transposed = {};
   float x_scale = 1.0f;
   int32_t x_zero_point = 0;  // of unsigned codes
   float y_scale = 1.0f;      // 1 for float output
@@ -26,18 +37,15 @@ struct WeightRequest {
 
 // Depends on the weight and the shape only.
 struct PackedWeight {
-  Tensor canonical;  // contiguous; set only if the weight itself is not
+  Tensor canonical;  // contiguous; undefined where the weight itself serves
   AlignedBuffer<int8_t> bytes;
+  kernels::Conv2dLayout layout = kernels::Conv2dLayout::quads;
   int64_t size = 0;  // of bytes
-  // Of each output channel's weights, and of their absolute values.
-  std::vector<int64_t> sum, absolute_sum;
+  kernels::WeightSums sums;
 };
 
-// Depends on the scales, the zero point and the bias too; in the kernels' order of channels.
-struct ChannelTerms {
-  std::vector<int32_t> offset;
-  std::vector<float> multiplier;
-};
+// Depends on the scales, the zero point and the bias too.
+using kernels::ChannelTerms;
 
 std::shared_ptr<const PackedWeight> pack_weight(const WeightRequest& request);
 

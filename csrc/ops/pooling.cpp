@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "ops/checks.h"
@@ -16,51 +17,7 @@ namespace {
 
 constexpr auto kFormat = at::MemoryFormat::ChannelsLast;
 
-// Begin and end of each window, cut to the input.
-struct Spans {
-  std::vector<int64_t> begin, end;
-};
-
-struct Divided : Spans {
-  std::vector<int64_t> divisor;
-};
-
-Spans max_spans(int64_t size, int64_t count, const Window& window) {
-  Spans spans;
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t begin = i * window.stride - window.padding;
-    const int64_t end = std::min(begin + window.extent(), size);
-    if (begin < 0) begin += (-begin + window.dilation - 1) / window.dilation * window.dilation;
-    TORCH_CHECK_VALUE(begin < end, "qtoolkit::max_pool2d: window ", i,
-                      " lies in the padding alone; use less padding or dilation");
-    spans.begin.push_back(begin);
-    spans.end.push_back(end);
-  }
-  return spans;
-}
-
-Divided average_spans(int64_t size, int64_t count, const Window& window, bool count_include_pad) {
-  Divided spans;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t start = i * window.stride - window.padding;
-    const int64_t stop = std::min(start + window.kernel, size + window.padding);
-    spans.begin.push_back(std::max<int64_t>(start, 0));
-    spans.end.push_back(std::min(stop, size));
-    spans.divisor.push_back(count_include_pad ? stop - start
-                                              : spans.end.back() - spans.begin.back());
-  }
-  return spans;
-}
-
-Divided adaptive_spans(int64_t size, int64_t count) {
-  Divided spans;
-  for (int64_t i = 0; i < count; ++i) {
-    spans.begin.push_back(i * size / count);
-    spans.end.push_back(((i + 1) * size + count - 1) / count);
-    spans.divisor.push_back(spans.end.back() - spans.begin.back());
-  }
-  return spans;
-}
+using kernels::Spans;
 
 Tensor max_pool2d_meta(const Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
@@ -118,8 +75,13 @@ Tensor max_pool2d_cpu(const Tensor& x, at::IntArrayRef kernel_size, at::IntArray
   const Windows windows =
       check_windows("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
   const Tensor dense = x.contiguous(kFormat);
-  const Spans rows = max_spans(x.size(2), y.size(2), windows.rows);
-  const Spans columns = max_spans(x.size(3), y.size(3), windows.columns);
+  Spans rows, columns;
+  try {
+    rows = kernels::max_pool_spans(x.size(2), y.size(2), windows.rows);
+    columns = kernels::max_pool_spans(x.size(3), y.size(3), windows.columns);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, "qtoolkit::max_pool2d: ", error.what());
+  }
   const kernels::MaxPool2dArgs args{.x = static_cast<const uint8_t*>(dense.const_data_ptr()),
                                     .y = static_cast<uint8_t*>(y.mutable_data_ptr()),
                                     .is_signed = x.scalar_type() == at::kChar,
@@ -144,18 +106,12 @@ Tensor max_pool2d_cpu(const Tensor& x, at::IntArrayRef kernel_size, at::IntArray
 }
 
 // Fills y, the output of a checked operator.
-void average_into(const char* op, const Tensor& y, const Tensor& x, const Divided& rows,
-                  const Divided& columns, const QParams& x_qparams, const QParams& y_qparams,
+void average_into(const char* op, const Tensor& y, const Tensor& x, const Spans& rows,
+                  const Spans& columns, const QParams& x_qparams, const QParams& y_qparams,
                   CodeRange range) {
   if (y.numel() == 0) return;
-  int64_t row_span = 0;
-  int64_t column_span = 0;
-  for (size_t i = 0; i < rows.begin.size(); ++i) {
-    row_span = std::max(row_span, rows.end[i] - rows.begin[i]);
-  }
-  for (size_t i = 0; i < columns.begin.size(); ++i) {
-    column_span = std::max(column_span, columns.end[i] - columns.begin[i]);
-  }
+  const int64_t row_span = rows.longest();
+  const int64_t column_span = columns.longest();
   constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max() / 255;
   TORCH_CHECK_VALUE(row_span <= kMostPixels / column_span, "qtoolkit::", op, ": a window of ",
                     row_span, " x ", column_span, " pixels could overflow the int32 sum");
@@ -202,8 +158,8 @@ Tensor avg_pool2d_cpu(const Tensor& x, const Tensor& x_scale, const Tensor& x_ze
   const QParams x_qparams = read_qparams(op, "x_", x_scale, x_zero_point, check_codes(op, "x", x));
   const QParams y_qparams = read_qparams(op, "y_", y_scale, y_zero_point, range);
   const Windows windows = check_windows(op, kernel_size, stride, padding, {1, 1}, ceil_mode);
-  Divided rows = average_spans(x.size(2), y.size(2), windows.rows, count_include_pad);
-  Divided columns = average_spans(x.size(3), y.size(3), windows.columns, count_include_pad);
+  Spans rows = kernels::avg_pool_spans(x.size(2), y.size(2), windows.rows, count_include_pad);
+  Spans columns = kernels::avg_pool_spans(x.size(3), y.size(3), windows.columns, count_include_pad);
   if (divisor_override) {
     rows.divisor.assign(rows.divisor.size(), *divisor_override);
     columns.divisor.assign(columns.divisor.size(), 1);
@@ -221,8 +177,8 @@ Tensor adaptive_avg_pool2d_cpu(const Tensor& x, const Tensor& x_scale, const Ten
   const CodeRange range = check_quant_range(op, quant_min, quant_max);
   const QParams x_qparams = read_qparams(op, "x_", x_scale, x_zero_point, check_codes(op, "x", x));
   const QParams y_qparams = read_qparams(op, "y_", y_scale, y_zero_point, range);
-  average_into(op, y, x, adaptive_spans(x.size(2), output_size[0]),
-               adaptive_spans(x.size(3), output_size[1]), x_qparams, y_qparams, range);
+  average_into(op, y, x, kernels::adaptive_pool_spans(x.size(2), output_size[0]),
+               kernels::adaptive_pool_spans(x.size(3), output_size[1]), x_qparams, y_qparams, range);
   return y;
 }
 

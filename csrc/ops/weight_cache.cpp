@@ -56,6 +56,8 @@ struct Place {
   at::DimVector strides;
   int64_t out_channels, in_channels, kernel_height, kernel_width, groups, runs;
   bool depthwise;
+  kernels::Conv2dLayout layout;
+  std::optional<TransposedPart> transposed;
 
   explicit Place(const WeightRequest& r)
       : data(r.weight.const_data_ptr()),
@@ -66,7 +68,9 @@ struct Place {
         kernel_width(r.shape.kernel_width),
         groups(r.shape.groups),
         runs(r.shape.runs_per_row()),
-        depthwise(r.depthwise) {}
+        depthwise(r.depthwise),
+        layout(r.layout),
+        transposed(r.transposed) {}
 
   bool operator==(const Place&) const = default;
 };
@@ -229,7 +233,7 @@ class Cache {
                          std::shared_ptr<const PackedWeight> packed) {
     // What was packed from earlier contents of the weight will not be asked for again.
     std::erase_if(entry.remembered, [&](const Remembered& r) { return r.place == weight.place; });
-    const Tensor& tensor = weight.request.weight;
+    const Tensor& tensor = packed->canonical.defined() ? packed->canonical : weight.request.weight;
     entry.remembered.push_back({.place = weight.place,
                                 .contents = weight.contents,
                                 .numel = tensor.numel(),
@@ -237,7 +241,7 @@ class Cache {
                                 .terms = {}});
     int64_t covered = 0;
     for (const Remembered& r : entry.remembered) covered += r.numel;
-    const auto most = kMostCover * static_cast<int64_t>(tensor.storage().nbytes());
+    const auto most = kMostCover * static_cast<int64_t>(weight.request.weight.storage().nbytes());
     auto first = entry.remembered.begin();
     for (; covered > most; ++first) covered -= first->numel;
     entry.remembered.erase(entry.remembered.begin(), first);

@@ -5,29 +5,21 @@
 
 #include <cstdint>
 
+#include "kernels/windows.h"
 #include "ops/checks.h"
 
 namespace qtoolkit::ops {
 
-// One dimension of a pooling operator, as torch.nn.functional has it.
-struct Window {
-  int64_t kernel, stride, padding, dilation;
-  bool ceil_mode;
-
-  int64_t extent() const { return (kernel - 1) * dilation + 1; }
-};
+using kernels::Window;
 
 inline c10::SymInt output_size(const char* op, const c10::SymInt& size, const Window& window) {
   TORCH_CHECK_VALUE(size > 0, "qtoolkit::", op, ": only the batch of x may be empty");
-  // In ceil mode a last partial window counts if it starts inside the input or its left padding.
   const c10::SymInt room =
       size + 2 * window.padding - window.extent() + (window.ceil_mode ? window.stride - 1 : 0);
   TORCH_CHECK_VALUE(room >= 0, "qtoolkit::", op, ": the window of ", window.extent(),
                     " (dilation included) is larger than the padded input's ",
                     size + 2 * window.padding);
-  c10::SymInt count = room / window.stride + 1;
-  if (window.ceil_mode && (count - 1) * window.stride >= size + window.padding) count = count - 1;
-  return count;
+  return kernels::window_count(size, window);
 }
 
 struct Windows {

@@ -12,7 +12,9 @@ from qtoolkit import _library  # isort: skip  (loads the operators, which the re
 from qtoolkit import export, nn, observers, ops
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
+from qtoolkit.compile import compile
 from qtoolkit.distributed import synchronize
+from qtoolkit.dynamic import quantize_dynamic
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
@@ -44,6 +46,7 @@ __all__ = [
     "_library",
     "calibrate",
     "compare",
+    "compile",
     "convert",
     "disable_fake_quant",
     "distillation_loss",
@@ -62,5 +65,6 @@ __all__ = [
     "ops",
     "prepare",
     "prepare_qat",
+    "quantize_dynamic",
     "synchronize",
 ]

@@ -184,7 +184,7 @@ def compare(
         raise ValueError("compare got no data: the loader is empty")
     return Comparison(
         tuple(
-            LayerComparison(layer.source, type(layer).__name__, energies[key].sqnr)
+            LayerComparison(layer.source, layer.kind(), energies[key].sqnr)
             for key, layer in layers.items()
         ),
         whole.sqnr,

@@ -11,6 +11,7 @@ from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report
 from qtoolkit.nn.base import QuantizedModule
+from qtoolkit.nn.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,17 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Explains a prepared or converted model, layer by layer.
+    """Explains a prepared, converted, compiled or dynamically quantized model, layer by layer.
 
     Raises:
-        ValueError: the model is neither.
+        ValueError: the model is none of these.
     """
     report = get_report(model)
     if report is None:
-        raise ValueError("explain needs the result of qt.prepare, qt.prepare_qat or qt.convert")
+        raise ValueError(
+            "explain needs the result of qt.prepare, qt.prepare_qat, qt.convert or "
+            "qt.quantize_dynamic"
+        )
     layers = []
     # A fake-quantize module and its observer are of one tensor.
     inner = {m.observer for m in model.modules() if isinstance(m, FakeQuantize)}
@@ -73,10 +77,14 @@ def explain(model: nn.Module) -> Explanation:
             kernel = module.kernel
             path = f"{kernel} ({_C.selected_path(kernel)})" if kernel else ""
             layers.append(
-                LayerExplanation(
-                    module.source or name, type(module).__name__, module.formats(), path
-                )
+                LayerExplanation(module.source or name, module.kind(), module.formats(), path)
             )
+        elif isinstance(module, Plan):
+            for layer in module.layers:
+                known = layer.kernel in _C.kernel_names()
+                path = f" ({_C.selected_path(layer.kernel)})" if known else ""
+                path = f"{layer.kernel}{path}, in plan {name}"
+                layers.append(LayerExplanation(layer.source, layer.kind, layer.format, path))
         elif is_observer(module) and module not in inner:
             kind = "fake-quantize" if isinstance(module, FakeQuantize) else "observed"
             kind = "simulated" if report.converted else kind

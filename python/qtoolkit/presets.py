@@ -18,6 +18,7 @@ from qtoolkit.qconfig import (
 METHODS = ("observed", "lsq", "lsq+", "pact")
 _NAMED = {"ternary": ("ternary", 8), "binary": ("binary", 8)}
 # Where one value speaks for a whole map, rounding it to few bits costs the most.
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _POOLING = ("AvgPool2d", "AdaptiveAvgPool2d", "mean")
 
 
@@ -72,7 +73,7 @@ def low_bit_qconfig_mapping(
         _weight(eight.weight, weight_format, method),
     )
     mapping = QConfigMapping().set_global(few)
-    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [name for name, m in model.named_modules() if isinstance(m, _WEIGHTED)]
     if edge_bits is None or not layers:
         return mapping
     if activation_bits < 8:

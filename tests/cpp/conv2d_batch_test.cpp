@@ -14,6 +14,7 @@
 #include "guarded_buffer.h"
 #include "kernels/conv2d.h"
 #include "kernels/path.h"
+#include "packed_weight.h"
 #include "paths.h"
 
 namespace qtoolkit::kernels {
@@ -50,7 +51,6 @@ class Problem {
         image_stride_(((batch.height - 1) * batch.stride + batch.kernel) * row_bytes_ + batch.gap),
         x_(batch.images * image_stride_ - batch.gap + (shape_.overreads() ? kOverread : 0)),
         weight_(out_channels() * shape_.in_channels * batch.kernel * batch.kernel),
-        packed_(shape_.packed_bytes()),
         offset_(shape_.padded_channels()),
         multiplier_(shape_.padded_channels()),
         y_row_(batch.width * out_channels() + batch.border),
@@ -70,15 +70,12 @@ class Problem {
       const double spread = 0.5 + static_cast<double>(random() % 1000) / 1000;
       value = static_cast<float>(60 * spread / (11000 * std::sqrt(reduction)));
     }
-    pack_conv2d_weight(shape_, weight_.data(), packed_.data());
-
     args_.shape = shape_;
     args_.x = x_.data();
     args_.x_image_stride = image_stride_;
     args_.x_row_stride = row_bytes_;
     args_.x_pixel_stride = channels();
     args_.weight = weight_.data();
-    args_.packed = packed_.data();
     args_.offset = offset_.data();
     args_.multiplier = multiplier_.data();
     args_.y_image_stride = y_image_;
@@ -99,6 +96,7 @@ class Problem {
   // The bytes of y after one call for each image.
   GuardedBuffer<uint8_t> image_by_image() {
     GuardedBuffer<uint8_t> y(y_bytes(), 0xa5);
+    const auto packed = pack_weight(args_);
     Conv2dArgs args = args_;
     args.shape.images = 1;
     args.x_image_stride = args.y_image_stride = args.residual_image_stride = 0;
@@ -115,6 +113,7 @@ class Problem {
   GuardedBuffer<uint8_t> at_once(int64_t range) {
     GuardedBuffer<uint8_t> y(y_bytes(), 0xa5);
     args_.y = y.data();
+    const auto packed = pack_weight(args_);
     const int64_t units = conv2d_units(shape_);
     for (int64_t unit = 0; unit < units; unit += range) {
       conv2d(args_, unit, std::min(units, unit + range));
@@ -145,7 +144,7 @@ class Problem {
   Conv2dShape shape_;
   int64_t row_bytes_, image_stride_;
   GuardedBuffer<uint8_t> x_;
-  GuardedBuffer<int8_t> weight_, packed_;
+  GuardedBuffer<int8_t> weight_;
   GuardedBuffer<int32_t> offset_;
   GuardedBuffer<float> multiplier_;
   int64_t y_row_, y_image_, residual_row_, residual_image_, y_size_;

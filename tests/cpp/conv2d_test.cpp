@@ -14,6 +14,7 @@
 
 #include "guarded_buffer.h"
 #include "kernels/path.h"
+#include "packed_weight.h"
 #include "paths.h"
 
 namespace qtoolkit::kernels {
@@ -76,6 +77,7 @@ const Variant kVariants[] = {
     {.name = "float", .output = Conv2dOutput::float32},
     {.name = "float relu", .output = Conv2dOutput::float32, .relu = true},
     {.name = "float NaN", .output = Conv2dOutput::float32, .relu = true, .multiplier = kNan},
+    {.name = "int32", .output = Conv2dOutput::int32, .values = Values::largest},
     {.name = "largest", .values = Values::largest},
     {.name = "largest, rounding away nothing", .values = Values::largest, .multiplier = 1.0f},
     {.name = "most negative", .values = Values::most_negative},
@@ -111,7 +113,6 @@ class Problem {
         x_(rows_ * columns_ * in_stride_ - size.extra +
            (!size.depthwise && shape_.overreads() ? kOverread : 0)),
         weight_(out_channels_ * shape_.in_channels * shape_.kernel_height * shape_.kernel_width),
-        packed_(size.depthwise ? weight_.size() : shape_.packed_bytes()),
         offset_(size.depthwise ? size.groups : shape_.padded_channels()),
         multiplier_(offset_.size()),
         y_row_stride_(size.width * out_stride_ + gap),
@@ -119,17 +120,11 @@ class Problem {
         residual_row_stride_(y_row_stride_ + 2 * gap),
         residual_(size.height * residual_row_stride_ - 3 * gap - size.extra) {
     fill(variant);
-    if (size.depthwise) {
-      pack_conv2d_depthwise_weight(shape_, weight_.data(), packed_.data());
-    } else {
-      pack_conv2d_weight(shape_, weight_.data(), packed_.data());
-    }
     args_.shape = shape_;
     args_.x = x_.data();
     args_.x_row_stride = columns_ * in_stride_;
     args_.x_pixel_stride = in_stride_;
     args_.weight = weight_.data();
-    args_.packed = packed_.data();
     args_.offset = offset_.data();
     args_.multiplier = multiplier_.data();
     args_.output = variant.output;
@@ -151,10 +146,11 @@ class Problem {
 
   // The bytes of y, with those between pixels and rows, after units [0, end) in uneven ranges.
   GuardedBuffer<uint8_t> run() {
-    const int64_t element = args_.output == Conv2dOutput::float32 ? 4 : 1;
+    const int64_t element = args_.output == Conv2dOutput::codes ? 1 : 4;
     GuardedBuffer<uint8_t> y(y_size_ * element, 0xa5);
     args_.y = y.data();
     const bool depthwise = offset_.size() != shape_.padded_channels();
+    const auto packed = depthwise ? pack_depthwise_weight(args_) : pack_weight(args_);
     const int64_t units = depthwise ? shape_.out_height : conv2d_units(shape_);
     const auto kernel = depthwise ? conv2d_depthwise : conv2d;
     kernel(args_, 0, units / 3);
@@ -207,7 +203,7 @@ class Problem {
   Conv2dShape shape_;
   int64_t columns_, rows_, in_stride_, out_channels_, out_stride_;
   GuardedBuffer<uint8_t> x_;
-  GuardedBuffer<int8_t> weight_, packed_;
+  GuardedBuffer<int8_t> weight_;
   GuardedBuffer<int32_t> offset_;
   GuardedBuffer<float> multiplier_;
   int64_t y_row_stride_, y_size_, residual_row_stride_;
@@ -292,6 +288,7 @@ class Conv2dPath : public ::testing::TestWithParam<PathCase> {};
 TEST_P(Conv2dPath, EqualsTheReferenceBitForBit) {
   const auto& [size, path] = GetParam();
   for (const Variant& variant : kVariants) {
+    if (size.depthwise && variant.output == Conv2dOutput::int32) continue;
     for (int64_t gap : {0, 13}) {
       SCOPED_TRACE(std::string(variant.name) + ", gap " + std::to_string(gap));
       Problem problem(size, variant, gap);
@@ -342,6 +339,36 @@ TEST_P(Conv2dPaths, AllThatThisMachineShouldHaveRun) {
 INSTANTIATE_TEST_SUITE_P(Kernels, Conv2dPaths,
                          ::testing::Values(Kernel::conv2d, Kernel::conv2d_depthwise),
                          [](const auto& info) { return std::string(name(info.param)); });
+
+TEST(Conv2dPack, UnpackingGivesTheWeightBack) {
+  const Conv2dShape shapes[] = {
+      {.in_channels = 3, .out_channels = 33, .kernel_height = 7, .kernel_width = 7},
+      {.groups = 2, .in_channels = 5, .out_channels = 31, .kernel_height = 1, .kernel_width = 3},
+      {.in_channels = 6,
+       .out_channels = 4,
+       .kernel_height = 3,
+       .kernel_width = 2,
+       .dilation_width = 2},
+  };
+  Random random(7);
+  for (const Conv2dShape& s : shapes) {
+    const auto count = static_cast<size_t>(s.groups * s.out_channels * s.in_channels *
+                                           s.kernel_height * s.kernel_width);
+    std::vector<int8_t> weight(count), again(count), packed(static_cast<size_t>(s.packed_bytes()));
+    for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
+    pack_conv2d_weight(Conv2dLayout::quads, s, weight.data(), packed.data());
+    unpack_conv2d_weight(Conv2dLayout::quads, s, packed.data(), again.data());
+    EXPECT_EQ(again, weight);
+  }
+  const Conv2dShape depthwise{
+      .groups = 37, .in_channels = 1, .out_channels = 1, .kernel_height = 3, .kernel_width = 5};
+  std::vector<int8_t> weight(37 * 15), packed(weight.size()), again(weight.size());
+  for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
+  pack_conv2d_depthwise_weight(depthwise, weight.data(), packed.data());
+  unpack_conv2d_depthwise_weight(depthwise, packed.data(), again.data());
+  EXPECT_EQ(again, weight);
+  EXPECT_NE(packed, weight);
+}
 
 }  // namespace
 }  // namespace qtoolkit::kernels

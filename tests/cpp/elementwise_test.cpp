@@ -14,7 +14,6 @@
 namespace qtoolkit::kernels {
 namespace {
 
-QT_FOR_EACH_PATH(Add, add);
 QT_FOR_EACH_PATH(Requantize, requantize);
 
 struct Output {
@@ -32,96 +31,6 @@ uint8_t code_by_rule(float value, const Output& output) {
   const double rounded = std::isnan(value) ? 0.0 : std::nearbyint(static_cast<double>(value));
   return static_cast<uint8_t>(
       static_cast<int64_t>(std::clamp<double>(rounded + output.zero_point, output.lo, output.hi)));
-}
-
-AddArgs add_args(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, int signs,
-                 const Output& output, Random& random) {
-  AddArgs args;
-  args.a = a.data();
-  args.b = b.data();
-  args.a_signed = (signs & 1) != 0;
-  args.b_signed = (signs & 2) != 0;
-  args.a_zero_point = static_cast<int32_t>(random.integer(0, 127)) - (args.a_signed ? 64 : 0);
-  args.b_zero_point = static_cast<int32_t>(random.integer(0, 127)) - (args.b_signed ? 64 : 0);
-  args.zero_point = output.zero_point;
-  args.lo = output.lo;
-  args.hi = output.hi;
-  return args;
-}
-
-// Halves give exact ties; the large ones overflow to infinities of both signs, and so to NaN.
-const float kMultipliers[][2] = {{0.5f, 0.5f},    {0.731f, 0.0042f}, {1.0f, 2.5f},
-                                 {3e38f, -3e38f}, {1e-40f, 1e-3f},   {0.0f, 1.5f}};
-
-TEST_P(Add, GivesTheReferencesBits) {
-  Random random(1);
-  for (int64_t size : {0, 1, 15, 17, 63, 64, 65, 128, 1000}) {
-    const std::vector<uint8_t> a = random.codes(size), b = random.codes(size);
-    for (const Output& output : kOutputs) {
-      for (const auto& [a_multiplier, b_multiplier] : kMultipliers) {
-        for (int signs = 0; signs < 4; ++signs) {
-          AddArgs args = add_args(a, b, signs, output, random);
-          args.a_multiplier = a_multiplier;
-          args.b_multiplier = b_multiplier;
-          const int64_t cuts[][2] = {{0, size}, {size / 3, size - size / 5}};
-          for (const auto& [begin, end] : cuts) {
-            Guarded<uint8_t> expected(size, 1), actual(size, 1);
-            args.y = expected.data();
-            run_on(Path::reference, Kernel::add, [&, b = begin, e = end] { add(args, b, e); });
-            args.y = actual.data();
-            run_on(GetParam(), Kernel::add, [&, b = begin, e = end] { add(args, b, e); });
-            EXPECT_EQ(actual.bytes(), expected.bytes())
-                << size << " codes, multipliers " << a_multiplier << " and " << b_multiplier
-                << ", signs " << signs << ", zero point " << output.zero_point;
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST_P(Add, HandComputedValues) {
-  const std::vector<uint8_t> a = {10, 20, 30, 255, 0}, b = {5, 0, 251, 127, 128};
-  std::vector<uint8_t> y(5);
-  AddArgs args;
-  args.a = a.data();
-  args.b = b.data();
-  args.y = y.data();
-  args.b_signed = true;
-  args.a_zero_point = 10;
-  args.a_multiplier = 0.5f;
-  args.b_multiplier = 1.0f;
-  args.zero_point = 3;
-  args.lo = 3;  // ReLU
-  args.hi = 200;
-  run_on(GetParam(), Kernel::add, [&] { add(args, 0, 5); });
-  // 0 + 5; 5 + 0; 10 - 5; 122.5 + 127 = 249.5; -5 - 128
-  EXPECT_EQ(y, (std::vector<uint8_t>{8, 8, 8, 200, 3}));
-}
-
-TEST(AddReference, FollowsTheRule) {
-  Random random(2);
-  const std::vector<uint8_t> a = random.codes(500), b = random.codes(500);
-  for (const Output& output : kOutputs) {
-    for (const auto& [a_multiplier, b_multiplier] : kMultipliers) {
-      for (int signs = 0; signs < 4; ++signs) {
-        AddArgs args = add_args(a, b, signs, output, random);
-        args.a_multiplier = a_multiplier;
-        args.b_multiplier = b_multiplier;
-        std::vector<uint8_t> y(500);
-        args.y = y.data();
-        run_on(Path::reference, Kernel::add, [&] { add(args, 0, 500); });
-        for (int i = 0; i < 500; ++i) {
-          const int64_t a_value = value_of(a[i], args.a_signed) - args.a_zero_point;
-          const int64_t b_value = value_of(b[i], args.b_signed) - args.b_zero_point;
-          // A product of float32 values is exact in double before it is rounded to float32.
-          const float a_term = static_cast<float>(static_cast<double>(a_value) * a_multiplier);
-          const float b_term = static_cast<float>(static_cast<double>(b_value) * b_multiplier);
-          EXPECT_EQ(y[i], code_by_rule(a_term + b_term, output)) << i;
-        }
-      }
-    }
-  }
 }
 
 struct Rows {

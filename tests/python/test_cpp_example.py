@@ -51,8 +51,8 @@ def program() -> Path:
     return BUILD / "classify"
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> tuple[Path, Path, Path, torch.Tensor]:
+@pytest.fixture(scope="module", params=["modules", "plan"])
+def exported(request, tmp_path_factory) -> tuple[Path, Path, Path, torch.Tensor]:
     """Files of the model, a batch and its outputs; and the outputs."""
     folder = tmp_path_factory.mktemp("exported")
     batch = torch.randn(6, 3, 20, 20, generator=torch.Generator().manual_seed(1))
@@ -63,6 +63,8 @@ def exported(tmp_path_factory) -> tuple[Path, Path, Path, torch.Tensor]:
     with torch.inference_mode():
         outputs = converted(batch)
     model_file, batch_file, outputs_file = (folder / f"{n}.pt" for n in ("model", "batch", "out"))
+    if request.param == "plan":
+        converted = qt.compile(converted, batch)
     qt.export.torchscript(converted, model_file, example_inputs=(batch,))
     torch.save(batch, batch_file)
     torch.save(outputs, outputs_file)

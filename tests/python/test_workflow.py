@@ -132,7 +132,7 @@ def test_all_kernel_paths_give_the_same_bits(resnet):
         for path in _C.cpu_paths():
             _C.force_path(path)
             assert torch.equal(quantized(x), expected), path
-            assert _C.last_path("conv2d") == path
+            assert _C.last_path("conv2d") == path or path not in _C.kernel_paths("conv2d")
     finally:
         _C.force_path(None)
 

@@ -1,105 +1,129 @@
 #include <immintrin.h>
 
-#include "kernels/conv2d_input.h"
-#include "kernels/cpu/conv2d_output_avx2.h"
+#include <array>
+#include <utility>
+
+#include "kernels/conv2d_steps.h"
+#include "kernels/cpu/conv2d_block_avx2.h"
+#include "kernels/cpu/conv2d_cursor.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::avx2 {
 namespace {
 
-// Eight channels at a time, as 16-bit products that vpmaddwd adds in pairs: 255 * 127 twice fits in
-// 32 bits, where vpmaddubsw would saturate. So a channel has two partial sums, added at the end.
-constexpr int kLanes = 8;
-constexpr int kOctets = static_cast<int>(kChannelBlock) / kLanes;
+static_assert(kLanes == kStepChannels && kBlockVectors == kListsPerBlock);
+// Twelve accumulators, the weights, the ones, and two registers for what comes between.
+constexpr int kMostPixels = 12;
 
-// The sums of eight channels at kPixels pixels; acc[p * kChannelBlock + lane]. w points to the
-// eight channels' bytes of the first quad.
+// Adds one step's products at the pixel whose quad of bytes lies at x + at. Written out because
+// GCC 12 would load all pixels' quads first and advance one pointer per pixel, for neither of
+// which there are registers. The last operand only tells the compiler that memory is read.
+inline __attribute__((always_inline)) void add_products(__m256i& acc, const uint8_t* x, int64_t at,
+                                                        __m256i weight, __m256i ones) {
+  __m256i products;
+  asm("vpbroadcastd (%2, %3), %1\n\t"
+      "vpmaddubsw %4, %1, %1\n\t"
+      "vpmaddwd %5, %1, %1\n\t"
+      "vpaddd %1, %0, %0"
+      : "+x"(acc), "=&x"(products)
+      : "r"(x), "r"(at), "x"(weight), "x"(ones), "m"(*reinterpret_cast<const char(*)[1 << 20]>(x)));
+}
+
+// A block's steps at some pixels.
+struct Tile {
+  const uint8_t* x[kMostPixels];   // first tap of each pixel
+  Conv2dPlace place[kMostPixels];  // of the output
+  Conv2dMoves moves;
+  const int8_t* weight;  // of the first list's first step
+  const uint8_t* move;
+  const int8_t* end[kListsPerBlock];  // of each list's weights
+  const int32_t* offset;
+  int vectors;
+};
+
+// result[pixel * kChannelBlock + lane]. One octet of channels at as many pixels as fit: so few
+// lanes share a step that most are whole, and loads are no limit, at one for three instructions.
 template <int kPixels>
-void accumulate(const Conv2dArgs& args, const uint8_t* const* pixels, const int8_t* w,
-                const int32_t* offset, int32_t* acc) {
-  const Conv2dShape& s = args.shape;
-  const int64_t runs = s.runs_per_row();
-  const int64_t run_bytes = s.run_quads() * 4;
-  __m256i low[kPixels], high[kPixels];  // four channels each
-#pragma GCC unroll 4
-  for (int p = 0; p < kPixels; ++p) low[p] = high[p] = _mm256_setzero_si256();
-  for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t first =
-          ky * s.dilation_height * args.x_row_stride + run * s.dilation_width * args.x_pixel_stride;
-      const uint8_t* x[kPixels];
-#pragma GCC unroll 4
-      for (int p = 0; p < kPixels; ++p) x[p] = pixels[p] + first;
-      for (int64_t i = 0; i < run_bytes; i += 4, w += 4 * kChannelBlock) {
-        const __m128i* bytes = reinterpret_cast<const __m128i*>(w);
-        const __m256i w_low = _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes));
-        const __m256i w_high = _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes + 1));
-#pragma GCC unroll 4
-        for (int p = 0; p < kPixels; ++p) {
-          int32_t quad;
-          __builtin_memcpy(&quad, x[p] + i, 4);
-          const __m256i codes =
-              _mm256_unpacklo_epi8(_mm256_set1_epi32(quad), _mm256_setzero_si256());
-          low[p] = _mm256_add_epi32(low[p], _mm256_madd_epi16(codes, w_low));
-          high[p] = _mm256_add_epi32(high[p], _mm256_madd_epi16(codes, w_high));
-        }
-      }
+void accumulate(const Tile& tile, int32_t* result) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const int8_t* weights = tile.weight;
+  const uint8_t* move = tile.move;
+  const uint8_t* x[kPixels];
+#pragma GCC unroll 12
+  for (int p = 0; p < kPixels; ++p) x[p] = tile.x[p];
+  for (int v = 0; v < tile.vectors; ++v) {
+    const __m256i offset =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.offset + v * kLanes));
+    __m256i acc[kPixels];
+#pragma GCC unroll 12
+    for (int p = 0; p < kPixels; ++p) acc[p] = offset;
+    const int8_t* const end = tile.end[v];
+    int64_t at = 0;
+    do {
+      at += tile.moves.bytes[*move++];
+      const __m256i weight = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights));
+#pragma GCC unroll 12
+      for (int p = 0; p < kPixels; ++p) add_products(acc[p], x[p], at, weight, ones);
+      _mm_prefetch(reinterpret_cast<const char*>(weights + 2048), _MM_HINT_T0);
+      weights += kStepBytes;
+    } while (weights != end);
+#pragma GCC unroll 12
+    for (int p = 0; p < kPixels; ++p) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(result + p * kChannelBlock + v * kLanes),
+                          acc[p]);
     }
   }
-  const __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offset));
-#pragma GCC unroll 4
-  for (int p = 0; p < kPixels; ++p) {
-    // The horizontal sum leaves channels 0 1 4 5 2 3 6 7.
-    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(low[p], high[p]), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + p * kChannelBlock),
-                        _mm256_add_epi32(sums, start));
-  }
 }
+
+using Accumulate = void(const Tile&, int32_t*);
+// [pixels - 1]
+template <int... kIndices>
+constexpr std::array<Accumulate*, kMostPixels> all_accumulate(
+    std::integer_sequence<int, kIndices...>) {
+  return {accumulate<kIndices + 1>...};
+}
+constexpr auto kAccumulate = all_accumulate(std::make_integer_sequence<int, kMostPixels>());
 
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
+  if (args.layout != Conv2dLayout::steps) return portable::conv2d(args, begin, end);
   const Conv2dShape& s = args.shape;
   const int64_t tiles = conv2d_tiles(s);
-  const int64_t block_bytes =
-      s.kernel_height * s.runs_per_row() * s.run_quads() * 4 * kChannelBlock;
-  int32_t acc[kTilePixels * kChannelBlock];
-  for (int64_t unit = begin; unit < end; ++unit) {
+  alignas(32) int32_t acc[kMostPixels * kChannelBlock] = {};
+  Tile tile;
+  tile.moves = conv2d_moves(s, args.x_row_stride, args.x_pixel_stride);
+  for (int64_t unit = begin; unit < end;) {
     const int64_t block = unit / tiles;  // over all groups
     const int64_t group = block / s.blocks_per_group();
     const int64_t first_channel = block % s.blocks_per_group() * kChannelBlock;
     const int64_t channels_left = s.out_channels - first_channel;
     const int64_t channels = channels_left < kChannelBlock ? channels_left : kChannelBlock;
-    const int64_t first_pixel = unit % tiles * kTilePixels;
-    const int64_t pixels_left = s.pixels() - first_pixel;
-    const int64_t pixels = pixels_left < kTilePixels ? pixels_left : kTilePixels;
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const Conv2dSteps steps = conv2d_steps(args.packed, block * kListsPerBlock + v);
+      if (v == 0) tile.weight = steps.weight, tile.move = steps.move;
+      tile.end[v] = steps.weight + steps.count * kStepBytes;
+    }
+    tile.offset = args.offset + block * kChannelBlock;
+    tile.vectors = static_cast<int>((channels + kLanes - 1) / kLanes);
+    const Rule rule = rule_of(args, args.multiplier + block * kChannelBlock,
+                              group * s.out_channels + first_channel, channels);
+    Store* const store = store_of(args, rule);
 
-    const uint8_t* x[kTilePixels];
-    for (int64_t p = 0; p < pixels; ++p) {
-      x[p] = conv2d_input(args, first_pixel + p) + group * s.in_channels;
+    const int64_t block_end = (block + 1) * tiles < end ? (block + 1) * tiles : end;
+    const int64_t first_pixel = unit % tiles * kTilePixels;
+    const int64_t last_pixel = first_pixel + (block_end - unit) * kTilePixels;
+    int64_t pixels = (last_pixel < s.pixels() ? last_pixel : s.pixels()) - first_pixel;
+    Cursor<4> cursor(args, first_pixel, group);
+    // As few tiles as there can be, of equal size.
+    for (int64_t left = (pixels + kMostPixels - 1) / kMostPixels; left > 0; --left) {
+      const int count = static_cast<int>((pixels + left - 1) / left);
+      pixels -= count;
+      cursor.take(count, tile.x, tile.place);
+      kAccumulate[static_cast<size_t>(count - 1)](tile, acc);
+      store(args, rule, tile.place, acc, count);
     }
-    for (int octet = 0; octet < kOctets && octet * kLanes < channels; ++octet) {
-      const int64_t lane = octet * kLanes;
-      const int8_t* w = args.packed + block * block_bytes + lane * 4;
-      const int32_t* offset = args.offset + block * kChannelBlock + lane;
-      for (int64_t p = 0; p < pixels;) {
-        int32_t* to = acc + p * kChannelBlock + lane;
-        const int64_t left = pixels - p;
-        // A whole tile is 4 + 3 pixels.
-        if (left >= 4) {
-          accumulate<4>(args, x + p, w, offset, to), p += 4;
-        } else if (left == 3) {
-          accumulate<3>(args, x + p, w, offset, to), p += 3;
-        } else {
-          accumulate<1>(args, x + p, w, offset, to), p += 1;
-        }
-      }
-    }
-    for (int64_t p = 0; p < pixels; ++p) {
-      store_outputs(args, conv2d_place(args, first_pixel + p),
-                    group * s.out_channels + first_channel, channels, acc + p * kChannelBlock,
-                    args.multiplier + block * kChannelBlock);
-    }
+    unit = block_end;
   }
 }
 

@@ -48,6 +48,10 @@ static inline void store_outputs(const Conv2dArgs& args, Conv2dPlace place, int6
     const __m256 value =
         _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_loadu_ps(multiplier + lane));
     const int64_t to = place.y + channel + lane;
+    if (args.output == Conv2dOutput::int32) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<int32_t*>(args.y) + to), sums);
+      continue;
+    }
     if (args.output == Conv2dOutput::float32) {
       store_eight_floats(args, value, static_cast<float*>(args.y) + to);
       continue;

@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 
-#include "kernels/conv2d_input.h"
 #include "kernels/conv2d_output.h"
 
 namespace qtoolkit::kernels::avx512vnni {
@@ -12,6 +11,10 @@ namespace {
 
 constexpr int kLanes = 16;  // int32 in a register
 static_assert(kChannelBlock == 2 * kLanes);
+
+// How simple_codes() centres the residual's codes and multiplies them: `folded` in one instruction,
+// where (2^23 + zero point) * multiplier is a float32, as it is for a zero point of 0.
+enum class SimpleResidual : uint8_t { none, folded, any };
 
 // How a block's accumulators become outputs. A signed code is computed 128 higher and flipped at
 // the end.
@@ -26,7 +29,43 @@ struct Rule {
   bool residual_signed;
   __m512i residual_zero_point;
   __m512 residual_multiplier;
+
+  bool simple;  // simple_codes() may be used, which reads what follows
+  bool whole;   // no register is partly filled with channels
+  SimpleResidual simple_residual;
+  // A residual code in the mantissa of 2^23 is the number 2^23 + code.
+  __m512i residual_base, residual_bytes;
+  __m512 residual_offset;  // 2^23 + its zero point; if folded times the multiplier
 };
+
+// True if the absolute value of all 32 is at most `bound`, of none if one is NaN.
+inline bool at_most(const __m512 (&values)[2], float bound) {
+  const __m512 bounds = _mm512_set1_ps(bound);
+  const __mmask16 first = _mm512_cmp_ps_mask(_mm512_abs_ps(values[0]), bounds, _CMP_LE_OQ);
+  const __mmask16 second = _mm512_cmp_ps_mask(_mm512_abs_ps(values[1]), bounds, _CMP_LE_OQ);
+  return (first & second) == 0xffff;
+}
+
+inline void set_simple(const Conv2dArgs& args, int64_t channels, Rule& rule) {
+  constexpr float kBase = 0x1p23f;
+  // Nothing is NaN and all values are below 2^31, so that converting them cannot overflow.
+  rule.simple = args.lo == 0 && args.hi == 255 && at_most(rule.multiplier, 0.5f);
+  rule.whole = channels % kLanes == 0;
+  rule.simple_residual = SimpleResidual::none;
+  if (args.residual == nullptr) return;
+  const int32_t zero_point = args.residual_zero_point;
+  rule.simple = rule.simple && !args.residual_signed && zero_point >= 0 && zero_point <= 255 &&
+                __builtin_fabsf(args.residual_multiplier) <= 0x1p20f;
+  const float offset = kBase + static_cast<float>(zero_point);
+  const double product = static_cast<double>(offset) * args.residual_multiplier;
+  const bool folded = static_cast<double>(static_cast<float>(product)) == product;
+  rule.simple_residual = folded ? SimpleResidual::folded : SimpleResidual::any;
+  rule.residual_offset = _mm512_set1_ps(folded ? static_cast<float>(product) : offset);
+  rule.residual_base = _mm512_castps_si512(_mm512_set1_ps(kBase));
+  // Lane i's lowest byte from byte i; the others are not written.
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  rule.residual_bytes = lanes;
+}
 
 // `multiplier` is that of the block, of which `channels` exist.
 inline Rule rule_of(const Conv2dArgs& args, const float* multiplier, int64_t channel,
@@ -47,6 +86,7 @@ inline Rule rule_of(const Conv2dArgs& args, const float* multiplier, int64_t cha
   rule.residual_signed = args.residual_signed;
   rule.residual_zero_point = _mm512_set1_epi32(args.residual_zero_point);
   rule.residual_multiplier = _mm512_set1_ps(args.residual_multiplier);
+  set_simple(args, channels, rule);
   return rule;
 }
 
@@ -60,6 +100,17 @@ inline void store_float(const Conv2dArgs& args, const Rule& rule, const Conv2dPl
       // A NaN, the second operand, passes.
       if (args.relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
       _mm512_mask_storeu_ps(y + place[p].y + v * kLanes, rule.lanes[v], value);
+    }
+  }
+}
+
+inline void store_sums(const Conv2dArgs& args, const Rule& rule, const Conv2dPlace* place,
+                       const int32_t* acc, int pixels) {
+  int32_t* const y = static_cast<int32_t*>(args.y) + rule.channel;
+  for (int p = 0; p < pixels; ++p) {
+    for (int v = 0; v < 2; ++v) {
+      _mm512_mask_storeu_epi32(y + place[p].y + v * kLanes, rule.lanes[v],
+                               _mm512_loadu_si512(acc + p * kChannelBlock + v * kLanes));
     }
   }
 }
@@ -116,97 +167,143 @@ void store_codes(const Conv2dArgs& args, const Rule& rule, const Conv2dPlace* pl
 
 // True if a multiplier is so large, infinite or NaN that a NaN could follow (0 * inf, inf - inf).
 inline bool may_give_nan(const Conv2dArgs& args, const Rule& rule) {
-  const __m512 bound = _mm512_set1_ps(0x1p64f);
-  const __mmask16 first = _mm512_cmp_ps_mask(_mm512_abs_ps(rule.multiplier[0]), bound, _CMP_LE_OQ);
-  const __mmask16 second = _mm512_cmp_ps_mask(_mm512_abs_ps(rule.multiplier[1]), bound, _CMP_LE_OQ);
-  return (first & second) != 0xffff || !(__builtin_fabsf(args.residual_multiplier) <= 0x1p64f);
+  return !at_most(rule.multiplier, 0x1p64f) ||
+         !(__builtin_fabsf(args.residual_multiplier) <= 0x1p64f);
+}
+
+// Operations whose second operand stays in memory, where GCC 12 would rather keep it in a register
+// and spill accumulators instead.
+inline __attribute__((always_inline)) __m512 times(__m512 a, const __m512& b) {
+  asm("vmulps %1, %0, %0" : "+v"(a) : "m"(b));
+  return a;
+}
+inline __attribute__((always_inline)) __m512 minus(__m512 a, const __m512& b) {
+  asm("vsubps %1, %0, %0" : "+v"(a) : "m"(b));
+  return a;
+}
+inline __attribute__((always_inline)) __m512 times_minus(__m512 a, __m512 b, const __m512& c) {
+  asm("vfmsub213ps %2, %1, %0" : "+v"(a) : "v"(b), "m"(c));
+  return a;
+}
+inline __attribute__((always_inline)) __m512i add_words(__m512i a, const __m512i& b) {
+  asm("vpaddsw %1, %0, %0" : "+v"(a) : "m"(b));
+  return a;
+}
+
+// Part `index` of the codes: those of sixteen channels, or with kVectors of 2 of thirty-two.
+template <int kVectors>
+inline __attribute__((always_inline)) void store_bytes(const Rule& rule, uint8_t* to, __m512i codes,
+                                                       int index) {
+  if (__builtin_expect(rule.whole, 1)) {
+    // From any part of a register to memory in one instruction, which GCC 12 makes two of.
+    if (kVectors == 2 && index == 0) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(codes));
+    } else if (kVectors == 2) {
+      asm("vextracti64x4 $1, %1, %0" : "=m"(*reinterpret_cast<__m256i_u*>(to)) : "v"(codes));
+    } else if (index == 0) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(codes));
+    } else {
+      asm("vextracti32x4 %2, %1, %0"
+          : "=m"(*reinterpret_cast<__m128i_u*>(to))
+          : "v"(codes), "i"(index));
+    }
+    return;
+  }
+  // The bytes of the parts before are not written.
+  const __mmask64 lanes = kVectors == 2
+                              ? rule.lanes[0] | static_cast<__mmask64>(rule.lanes[1]) << kLanes
+                              : rule.lanes[0];
+  const int skip = index * kVectors * kLanes;
+  _mm512_mask_storeu_epi8(to - skip, lanes << skip, codes);
+}
+
+// Sixteen channels' residual.
+template <SimpleResidual kResidual>
+inline __attribute__((always_inline)) __m512 simple_residual(const Rule& rule, int lanes,
+                                                             const uint8_t* from) {
+  // A masked load would take the place of one more multiply-add.
+  const __m128i bytes = rule.whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))
+                                   : _mm_maskz_loadu_epi8(rule.lanes[lanes], from);
+  __m512 value = _mm512_castsi512_ps(rule.residual_base);
+  const __mmask64 lowest = 0x1111111111111111;
+  asm("vpshufb %2, %1, %0%{%3%}"
+      : "+v"(value)
+      : "v"(_mm512_broadcast_i32x4(bytes)), "m"(rule.residual_bytes), "Yk"(lowest));
+  if (kResidual == SimpleResidual::folded) {
+    return times_minus(value, rule.residual_multiplier, rule.residual_offset);
+  }
+  return times(minus(value, rule.residual_offset), rule.residual_multiplier);
+}
+
+// The codes of four registers of sums, side by side. Register i holds channels of half `lanes[i]`
+// of the block, its residual begins at residual[i]. With 4 to 7 instructions a register besides
+// loads, less than words_of() takes; what they compute is the same.
+template <bool kZeroPoint, SimpleResidual kResidual>
+inline __attribute__((always_inline)) __m512i simple_codes(const Rule& rule,
+                                                           const __m512i (&sums)[4],
+                                                           const int (&lanes)[4],
+                                                           const uint8_t* const (&residual)[4]) {
+  __m512i codes[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512 value = times(_mm512_cvtepi32_ps(sums[i]), rule.multiplier[lanes[i]]);
+    if (kResidual != SimpleResidual::none) {
+      value = _mm512_add_ps(value, simple_residual<kResidual>(rule, lanes[i], residual[i]));
+    }
+    codes[i] = _mm512_cvtps_epi32(value);
+  }
+  __m512i low = _mm512_packs_epi32(codes[0], codes[1]);
+  __m512i high = _mm512_packs_epi32(codes[2], codes[3]);
+  if (kZeroPoint) {
+    low = add_words(low, rule.zero_point);
+    high = add_words(high, rule.zero_point);
+  }
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+}
+
+// Writes the codes of `kPixels` pixels of kVectors registers of channels. sum(pixel, vector) gives
+// the sums.
+template <int kPixels, int kVectors, bool kZeroPoint, SimpleResidual kResidual, class Sum>
+inline __attribute__((always_inline)) void store_simple(const Conv2dArgs& args, const Rule& rule,
+                                                        const Conv2dPlace* place, Sum sum) {
+  uint8_t* const y = static_cast<uint8_t*>(args.y) + rule.channel;
+  const uint8_t* const from = static_cast<const uint8_t*>(args.residual) + rule.channel;
+  constexpr int kStep = 4 / kVectors;  // pixels in four registers
+#pragma GCC unroll 7
+  for (int first = 0; first < kPixels; first += kStep) {
+    __m512i sums[4];
+    int lanes[4];
+    const uint8_t* residual[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      // After the last pixel it once more.
+      const int p = first + i / kVectors < kPixels ? first + i / kVectors : kPixels - 1;
+      lanes[i] = i % kVectors;
+      sums[i] = sum(p, lanes[i]);
+      residual[i] = kResidual == SimpleResidual::none
+                        ? nullptr
+                        : from + place[p].residual + lanes[i] * kLanes;
+    }
+    const __m512i codes = simple_codes<kZeroPoint, kResidual>(rule, sums, lanes, residual);
+#pragma GCC unroll 4
+    for (int i = 0; i < kStep; ++i) {
+      if (first + i >= kPixels) continue;
+      store_bytes<kVectors>(rule, y + place[first + i].y, codes, i);
+    }
+  }
 }
 
 // Writes the outputs of `pixels` pixels, whose sums lie at acc[pixel * kChannelBlock + lane].
 using Store = void(const Conv2dArgs&, const Rule&, const Conv2dPlace* place, const int32_t* acc,
                    int pixels);
 inline Store* store_of(const Conv2dArgs& args, const Rule& rule) {
+  if (args.output == Conv2dOutput::int32) return store_sums;
   if (args.output == Conv2dOutput::float32) return store_float;
   const bool nan = may_give_nan(args, rule);
   if (args.residual == nullptr) return nan ? store_codes<false, true> : store_codes<false, false>;
   return nan ? store_codes<true, true> : store_codes<true, false>;
 }
-
-// An output pixel and its input, without divisions from one to the next: between tiles their
-// latency would show. `group` is the one whose input is wanted.
-class Cursor {
- public:
-  Cursor(const Conv2dArgs& args, int64_t pixel, int64_t group)
-      : width_(args.shape.out_width),
-        height_(args.shape.out_height),
-        column_(pixel % width_),
-        line_(pixel / width_ % height_),
-        step_{args.shape.stride_width * args.x_pixel_stride, args.y_pixel_stride,
-              args.residual_pixel_stride},
-        row_step_{args.shape.stride_height * args.x_row_stride, args.y_row_stride,
-                  args.residual_row_stride},
-        image_step_{args.x_image_stride - height_ * row_step_.x,
-                    args.y_image_stride - height_ * row_step_.y,
-                    args.residual_image_stride - height_ * row_step_.residual} {
-    const Conv2dPlace place = conv2d_place(args, pixel);
-    at_ = {conv2d_input(args, pixel) - args.x, place.y, place.residual};
-    row_ = {at_.x - column_ * step_.x, at_.y - column_ * step_.y,
-            at_.residual - column_ * step_.residual};
-    x_ = args.x + group * args.shape.in_channels;
-  }
-
-  // Writes the first taps and the places of the next `count` pixels. Loops of fixed length and
-  // conditional moves: with runs as long as the row allows, mispredicted branches took up to a
-  // tenth of the time of layers with few taps.
-  void take(int count, const uint8_t** x, Conv2dPlace* place) {
-    while (count > 0) {
-      int taken = 1;
-      x[0] = x_ + at_.x;
-      place[0] = {at_.y, at_.residual};
-      if (count >= kTilePixels && width_ - column_ >= kTilePixels) {
-        taken = kTilePixels;
-        for (int p = 1; p < kTilePixels; ++p) {
-          x[p] = x_ + at_.x + p * step_.x;
-          place[p] = {at_.y + p * step_.y, at_.residual + p * step_.residual};
-        }
-      }
-      x += taken;
-      place += taken;
-      count -= taken;
-      advance(taken);
-    }
-  }
-
- private:
-  struct Position {  // of the input, the output and the residual
-    int64_t x, y, residual;
-  };
-  static Position choose(bool first, Position a, Position b) {
-    return {first ? a.x : b.x, first ? a.y : b.y, first ? a.residual : b.residual};
-  }
-  static Position plus(Position a, int64_t count, Position step) {
-    return {a.x + count * step.x, a.y + count * step.y, a.residual + count * step.residual};
-  }
-
-  // By pixels of one row.
-  void advance(int pixels) {
-    column_ += pixels;
-    const bool row_ends = column_ == width_;
-    column_ = row_ends ? 0 : column_;
-    line_ += row_ends;
-    row_ = choose(row_ends, plus(row_, 1, row_step_), row_);
-    const bool image_ends = line_ == height_;
-    line_ = image_ends ? 0 : line_;
-    row_ = choose(image_ends, plus(row_, 1, image_step_), row_);
-    at_ = choose(row_ends, row_, plus(at_, pixels, step_));
-  }
-
-  int64_t width_, height_, column_, line_;
-  Position step_, row_step_;
-  Position image_step_;  // from the end of an image's last row to the next image
-  Position at_, row_;
-  const uint8_t* x_;
-};
 
 }  // namespace
 }  // namespace qtoolkit::kernels::avx512vnni

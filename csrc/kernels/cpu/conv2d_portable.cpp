@@ -3,6 +3,7 @@
 
 #include "kernels/conv2d_input.h"
 #include "kernels/conv2d_output.h"
+#include "kernels/conv2d_steps.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::portable {
@@ -19,13 +20,42 @@ void accumulate_run(const uint8_t* x, const int8_t* w, int64_t quads, int32_t* a
   }
 }
 
+// One pixel's sums from quads of input bytes.
+void accumulate_quads(const Conv2dArgs& args, const uint8_t* x, int64_t block, int32_t* acc) {
+  const Conv2dShape& s = args.shape;
+  const int64_t runs = s.runs_per_row();
+  const int64_t run_weights = s.run_quads() * 4 * kChannelBlock;
+  const int8_t* w = args.packed + block * s.kernel_height * runs * run_weights;
+  for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+    for (int64_t run = 0; run < runs; ++run, w += run_weights) {
+      accumulate_run(x + ky * s.dilation_height * args.x_row_stride +
+                         run * s.dilation_width * args.x_pixel_stride,
+                     w, s.run_quads(), acc);
+    }
+  }
+}
+
+void accumulate_steps(const Conv2dArgs& args, const uint8_t* x, int64_t block, int32_t* acc) {
+  const Conv2dMoves moves = conv2d_moves(args.shape, args.x_row_stride, args.x_pixel_stride);
+  for (int64_t list = 0; list < kListsPerBlock; ++list, acc += kStepChannels) {
+    const Conv2dSteps steps = conv2d_steps(args.packed, block * kListsPerBlock + list);
+    int64_t at = 0;
+    for (int64_t step = 0; step < steps.count; ++step) {
+      at += moves.bytes[steps.move[step]];
+      const int8_t* const w = steps.weight + step * kStepBytes;
+      for (int64_t i = 0; i < kStepBytes; ++i) {
+        acc[i / 4] = wrapping_add(acc[i / 4], x[at + i % 4] * w[i]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
   const Conv2dShape& s = args.shape;
   const int64_t tiles = conv2d_tiles(s);
-  const int64_t runs = s.runs_per_row();
-  const int64_t run_weights = s.run_quads() * 4 * kChannelBlock;
+  const auto accumulate = args.layout == Conv2dLayout::steps ? accumulate_steps : accumulate_quads;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / tiles;  // over all groups
     const int64_t group = block / s.blocks_per_group();
@@ -35,16 +65,9 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
     const int64_t last_pixel = std::min(first_pixel + kTilePixels, s.pixels());
     for (int64_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
       const uint8_t* x = conv2d_input(args, pixel) + group * s.in_channels;
-      const int8_t* w = args.packed + block * s.kernel_height * runs * run_weights;
       int32_t acc[kChannelBlock];
       std::memcpy(acc, args.offset + block * kChannelBlock, sizeof(acc));
-      for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
-        for (int64_t run = 0; run < runs; ++run, w += run_weights) {
-          accumulate_run(x + ky * s.dilation_height * args.x_row_stride +
-                             run * s.dilation_width * args.x_pixel_stride,
-                         w, s.run_quads(), acc);
-        }
-      }
+      accumulate(args, x, block, acc);
       store_conv2d_outputs(args, conv2d_place(args, pixel), group * s.out_channels + first_channel,
                            channels, acc, args.multiplier + block * kChannelBlock);
     }

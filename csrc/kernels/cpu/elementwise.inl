@@ -19,23 +19,6 @@ Output output_of(const Args& args) {
           static_cast<float>(args.hi - args.zero_point)};
 }
 
-template <class A, class B>
-void add_codes(const AddArgs& args, int64_t begin, int64_t end) {
-  const uint8_t* a = args.a;
-  const uint8_t* b = args.b;
-  uint8_t* y = args.y;
-  const int32_t a_zero_point = args.a_zero_point, b_zero_point = args.b_zero_point;
-  const float a_multiplier = args.a_multiplier, b_multiplier = args.b_multiplier;
-  const Output output = output_of(args);
-  QT_INDEPENDENT_ITERATIONS
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t a_value = static_cast<A>(a[i]) - a_zero_point;
-    const int32_t b_value = static_cast<B>(b[i]) - b_zero_point;
-    y[i] = output(static_cast<float>(a_value) * a_multiplier +
-                  static_cast<float>(b_value) * b_multiplier);
-  }
-}
-
 template <class X, bool kApart, bool kAddend>
 void requantize_row(const RequantizeArgs& args, const uint8_t* x, uint8_t* y, int64_t count) {
   const int32_t x_zero_point = args.x_zero_point;
@@ -64,16 +47,6 @@ RequantizeRow* requantize_row_for(const RequantizeArgs& args) {
 }
 
 }  // namespace
-
-void add(const AddArgs& args, int64_t begin, int64_t end) {
-  if (args.a_signed) {
-    args.b_signed ? add_codes<int8_t, int8_t>(args, begin, end)
-                  : add_codes<int8_t, uint8_t>(args, begin, end);
-  } else {
-    args.b_signed ? add_codes<uint8_t, int8_t>(args, begin, end)
-                  : add_codes<uint8_t, uint8_t>(args, begin, end);
-  }
-}
 
 void requantize(const RequantizeArgs& args, int64_t begin, int64_t end) {
   RequantizeRow* one_row =

@@ -70,27 +70,6 @@ class Output {
   __m512i offset_, flip_;
 };
 
-template <bool kASigned, bool kBSigned>
-void add_codes(const AddArgs& args, int64_t begin, int64_t end) {
-  const Input<kASigned> a(args.a_zero_point);
-  const Input<kBSigned> b(args.b_zero_point);
-  const __m512 a_multiplier = _mm512_set1_ps(args.a_multiplier);
-  const __m512 b_multiplier = _mm512_set1_ps(args.b_multiplier);
-  const Output output(args.zero_point, args.lo, args.hi);
-  const auto block = [&]<bool kWhole>(int64_t i, __mmask64 mask) {
-    __m512 values[4];
-    for (int k = 0; k < 4; ++k) {
-      const __mmask16 part = static_cast<__mmask16>(mask >> (16 * k));
-      values[k] = _mm512_add_ps(
-          _mm512_mul_ps(a.template load<kWhole>(args.a + i + 16 * k, part), a_multiplier),
-          _mm512_mul_ps(b.template load<kWhole>(args.b + i + 16 * k, part), b_multiplier));
-    }
-    output.store<kWhole>(args.y + i, mask, values);
-  };
-  for (; begin + kCodes <= end; begin += kCodes) block.template operator()<true>(begin, 0);
-  if (begin < end) block.template operator()<false>(begin, first(end - begin));
-}
-
 template <bool kSigned, bool kApart, bool kAddend>
 void requantize_row(const RequantizeArgs& args, const uint8_t* x, uint8_t* y, int64_t count) {
   const Input<kSigned> input(args.x_zero_point);
@@ -128,16 +107,6 @@ RequantizeRow* requantize_row_for(const RequantizeArgs& args) {
 }
 
 }  // namespace
-
-void add(const AddArgs& args, int64_t begin, int64_t end) {
-  if (args.a_signed) {
-    args.b_signed ? add_codes<true, true>(args, begin, end)
-                  : add_codes<true, false>(args, begin, end);
-  } else {
-    args.b_signed ? add_codes<false, true>(args, begin, end)
-                  : add_codes<false, false>(args, begin, end);
-  }
-}
 
 void requantize(const RequantizeArgs& args, int64_t begin, int64_t end) {
   RequantizeRow* one_row =

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <vector>
 
 #include "kernels/conv2d_output.h"
 #include "kernels/kernels.h"
@@ -30,8 +31,15 @@ int32_t accumulate(const Conv2dArgs& args, int64_t pixel, int64_t group, int64_t
 
 }  // namespace
 
-void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
-  const Conv2dShape& s = args.shape;
+void conv2d(const Conv2dArgs& given, int64_t begin, int64_t end) {
+  const Conv2dShape& s = given.shape;
+  Conv2dArgs args = given;
+  std::vector<int8_t> unpacked;
+  if (args.weight == nullptr) {
+    unpacked.resize(static_cast<size_t>(s.weights()));
+    unpack_conv2d_weight(args.layout, s, args.packed, unpacked.data());
+    args.weight = unpacked.data();
+  }
   const int64_t tiles = conv2d_tiles(s);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / tiles;  // over all groups

@@ -1,10 +1,19 @@
+#include <vector>
+
 #include "kernels/conv2d_output.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::reference {
 
-void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
-  const Conv2dShape& s = args.shape;
+void conv2d_depthwise(const Conv2dArgs& given, int64_t begin, int64_t end) {
+  const Conv2dShape& s = given.shape;
+  Conv2dArgs args = given;
+  std::vector<int8_t> unpacked;
+  if (args.weight == nullptr) {
+    unpacked.resize(static_cast<size_t>(s.weights()));
+    unpack_conv2d_depthwise_weight(s, args.packed, unpacked.data());
+    args.weight = unpacked.data();
+  }
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / s.out_height, row = unit % s.out_height;
     for (int64_t column = 0; column < s.out_width; ++column) {

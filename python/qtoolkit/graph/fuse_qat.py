@@ -16,7 +16,7 @@ from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn import functional
 from qtoolkit.nn.qat import fused
 from qtoolkit.nn.qat.batch_norm import is_freezable
-from qtoolkit.nn.qat.weighted import Conv2d, Linear
+from qtoolkit.nn.qat.weighted import WEIGHTED
 
 
 def fuse_qat(module: fx.GraphModule) -> None:
@@ -25,7 +25,7 @@ def fuse_qat(module: fx.GraphModule) -> None:
         called = called_module(node, module)
         if isinstance(called, FakeQuantize):
             node.meta.update(node.args[0].meta)
-        elif isinstance(called, Conv2d | Linear):
+        elif isinstance(called, WEIGHTED):
             _tell_input_format(node, module)
     for node in list(module.graph.nodes):
         called = called_module(node, module)
@@ -64,7 +64,7 @@ def unfuse_qat(module: fx.GraphModule) -> None:
                 y = graph.call_module(node.args[1].target, node.args[:1])
             elif node.target is fused.contiguous:
                 y = node.args[0]
-            elif isinstance(called_module(node, module), Conv2d | Linear):
+            elif isinstance(called_module(node, module), WEIGHTED):
                 node.args = node.args[:1]
                 continue
             else:
@@ -116,7 +116,7 @@ def _fuse_batch_norm(node: fx.Node, module: fx.GraphModule) -> None:
 
     user = only_user(node)
     if user is not None and len(set(user.args)) == 2:
-        add = take(1, lambda called: is_plain(called, functional.Add))
+        add = take(1, lambda called: is_plain(called, functional.Add) and not called.broadcast)
         if add is not None:
             residual = next(arg for arg in add.args if arg is not node)
     take(2, lambda called: relu_bound(called)[0])

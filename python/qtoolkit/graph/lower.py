@@ -14,7 +14,7 @@ from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.patterns import Match
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
-from qtoolkit.graph.same_values import asks_fact, keeps_values, lower_same_values
+from qtoolkit.graph.same_values import IDENTITIES, asks_fact, keeps_values, lower_same_values
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.graph.shared import SharedObserver
 from qtoolkit.nn import qat
@@ -109,7 +109,7 @@ class _Lowering:
     def _simulate_layer(self, match: Match, source: str, reason: str) -> None:
         """Keeps a layer in float, its weight fake-quantized as in training."""
         layer = called_module(match.anchor, self.module)
-        if isinstance(layer, qat.Conv2d | qat.Linear):
+        if isinstance(layer, qat.WEIGHTED):
             layer.quantized_weight()
             layer.weight_fake_quant.freeze()
         if isinstance(match.batch_norm, qat.BatchNorm1d | qat.BatchNorm2d):
@@ -198,13 +198,11 @@ class _Lowering:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         self.codes[node] = self.codes[source]
-        if isinstance(
-            called_module(node, self.module), nn.Identity | nn.modules.dropout._DropoutNd
-        ):
+        if isinstance(called_module(node, self.module), IDENTITIES):
             self._replace(node, source)
             self.graph.erase_node(node)
             return
-        lowered = lower_same_values(node, self.module)
+        lowered = lower_same_values(node, self.module, self.codes[source])
         if isinstance(lowered, str):
             node.target = lowered
         elif lowered is not None:

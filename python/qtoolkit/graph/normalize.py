@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -17,7 +18,9 @@ from qtoolkit.graph.patterns.fusing import is_foldable, only_user
 from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.graph.plain import is_plain
 from qtoolkit.graph.shapes import float_shape
+from qtoolkit.nn.qat.weighted import batch_norm_factor, folded_bias
 from qtoolkit.nn.sharing import further_call
+from qtoolkit.nn.weights import swap_channels
 
 
 def _as_module(node: fx.Node, module: fx.GraphModule) -> AsModule | None:
@@ -122,12 +125,36 @@ def settle_calls(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def remove_identities(module: fx.GraphModule) -> None:
+    """Removes dropout and the like, which would stand between layers that can be fused."""
+    for node in list(module.graph.nodes):
+        if is_plain(called_module(node, module), same_values.IDENTITIES) and len(node.args) == 1:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
+_FOLDING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+
+
+def _fold_transposed(layer: nn.ConvTranspose2d, batch_norm: nn.Module) -> nn.ConvTranspose2d:
+    """The layer with its batch norm folded in; torch's function knows no groups here."""
+    folded = copy.deepcopy(layer)
+    with torch.no_grad():
+        factor = batch_norm_factor(batch_norm).reshape(-1, 1, 1, 1)
+        weight = swap_channels(layer.weight, layer.groups) * factor
+        folded.weight.copy_(swap_channels(weight, layer.groups))
+        folded.bias = nn.Parameter(folded_bias(layer.bias, batch_norm))
+    return folded
+
+
 def fold_batch_norms(module: fx.GraphModule) -> None:
     """Folds every batch norm that follows a convolution or linear layer into its weight and
     bias."""
     for node in list(module.graph.nodes):
         layer = called_module(node, module)
-        if not is_plain(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        if not is_plain(layer, _FOLDING):
             continue
         user = only_user(node)
         batch_norm = called_module(user, module)
@@ -143,6 +170,8 @@ def fold_batch_norms(module: fx.GraphModule) -> None:
         folded: nn.Module
         if isinstance(layer, nn.Linear):
             folded = fuse_linear_bn_eval(layer, batch_norm)
+        elif isinstance(layer, nn.ConvTranspose2d):
+            folded = _fold_transposed(layer, batch_norm)
         else:
             folded = fuse_conv_bn_eval(layer, batch_norm)  # type: ignore[type-var]
         set_submodule(module, str(node.target), folded)

@@ -11,12 +11,14 @@ from torch import fx, nn
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.graph.capture import Capture, Uncaptured
 from qtoolkit.graph.fuse_qat import fuse_qat
+from qtoolkit.graph.idioms import find_channel_shuffles, split_padding
 from qtoolkit.graph.modules import called_module, free_name, graph_modules
 from qtoolkit.graph.normalize import (
     float_node,
     fold_batch_norms,
     functions_to_modules,
     read_directly,
+    remove_identities,
     separate_shared_layers,
     settle_calls,
 )
@@ -25,6 +27,7 @@ from qtoolkit.graph.patterns import Match, pattern_of
 from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.graph.plain import not_plain
 from qtoolkit.graph.report import FloatLayer, Report, set_report
+from qtoolkit.graph.resizing import replace_upsample
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
 from qtoolkit.graph.shared import SharedObserver, shared_ranges
@@ -47,14 +50,18 @@ def prepare_model(
     propagate_shapes(capture.model, example_inputs)
     for _, module in graph_modules(capture.model):
         settle_calls(module)
+        find_channel_shuffles(module)
+        replace_upsample(module)
         functions_to_modules(module)
         separate_shared_layers(module)
+        split_padding(module)
     failure = capture.difference()
     if failure:
         capture.give_up(f"the rewritten graph {failure}")
     if not qat:
         # After the comparison: folding rounds differently.
         for _, module in graph_modules(capture.model):
+            remove_identities(module)
             fold_batch_norms(module)
     captured = capture.model
     report = Report(
@@ -174,34 +181,40 @@ def find_matches(module: fx.GraphModule) -> list[Match]:
 def _drop_float_only(module: fx.GraphModule, report: Report, prefix: str) -> list[Match]:
     """The matches that are worth quantizing.
 
-    A layer without a weight whose result is used in float only is left in float; that may leave the
-    layer before it with no user, so the search starts again.
+    A layer without a weight whose result is used in float only is left in float, and so is one that
+    would have to quantize what a float layer made; that may leave the layers around it without a
+    reason, so the search starts again.
     """
     while True:
         matches = find_matches(module)
-        wanted = {origin(node, module) for match in matches for node in match.inputs}
-        dropped = None
-        for match in matches:
-            if match.output in wanted or (match.pattern.float_output and not match.residual):
-                continue
-            # With a fused addition the layer itself stays: only the addition is given up.
-            node = match.anchor
-            if match.residual:
-                add = [n for n in match.nodes if n.args and len(n.args) == 2]
-                node = add[0]
-            dropped = node
-        if dropped is None:
+        found = _first_float_only(matches, module)
+        if found is None:
             return matches
+        dropped, reason = found
         called = called_module(dropped, module)
         assert called is not None
         change_note(called, qconfig=None)
         report.floats.append(
-            FloatLayer(
-                prefix + str(dropped.target),
-                type(called).__name__,
-                "only float layers use its output",
-            )
+            FloatLayer(prefix + str(dropped.target), type(called).__name__, reason)
         )
+
+
+def _first_float_only(matches: list[Match], module: fx.GraphModule) -> tuple[fx.Node, str] | None:
+    """A layer that is not worth quantizing, and why."""
+    inputs = {match: [origin(node, module) for node in match.inputs] for match in matches}
+    wanted = {node for nodes in inputs.values() for node in nodes}
+    codes = {match.output for match in matches}
+    for match in matches:
+        if not match.needs_codes:
+            codes.update(inputs[match])
+    for match in reversed(matches):
+        if match.output not in wanted and (match.residual or not match.pattern.float_output):
+            # With a fused addition the layer itself stays: only the addition is given up.
+            adds = [node for node in match.nodes if len(node.args) == 2] if match.residual else []
+            return [*adds, match.anchor][0], "only float layers use its output"
+        if match.needs_codes and not codes.issuperset(inputs[match]):
+            return match.anchor, "a float layer makes its input"
+    return None
 
 
 def _prepare_graph(

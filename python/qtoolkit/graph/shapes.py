@@ -57,15 +57,22 @@ def float_shape(value: Any) -> tuple[int, ...] | None:
     return shape if dtype.is_floating_point else None
 
 
-def bind(signature: Callable[..., None], node: fx.Node) -> dict[str, Any] | None:
+def bind_any(signature: Callable[..., None], node: fx.Node) -> dict[str, Any] | None:
     """A call's arguments by name without the first, defaults filled in.
 
-    None if the call does not fit the signature or an argument is computed in the graph.
+    None if the call does not fit the signature.
     """
     try:
         bound = inspect.signature(signature).bind(*node.args, **node.kwargs)
     except TypeError:
         return None
     bound.apply_defaults()
-    arguments = dict(list(bound.arguments.items())[1:])
-    return None if any(isinstance(value, fx.Node) for value in arguments.values()) else arguments
+    return dict(list(bound.arguments.items())[1:])
+
+
+def bind(signature: Callable[..., None], node: fx.Node) -> dict[str, Any] | None:
+    """``bind_any``, and None also if an argument is computed in the graph."""
+    arguments = bind_any(signature, node)
+    if arguments is None or any(isinstance(value, fx.Node) for value in arguments.values()):
+        return None
+    return arguments

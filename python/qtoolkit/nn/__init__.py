@@ -2,10 +2,27 @@
 
 from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
-from qtoolkit.nn.conv import Conv2d, DepthwiseConv2d
-from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Quantize, ReLU
-from qtoolkit.nn.linear import Linear
-from qtoolkit.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool2d, MaxPool2d
+from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
+from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
+from qtoolkit.nn.linear import DynamicLinear, Linear
+from qtoolkit.nn.lookup import Lookup
+from qtoolkit.nn.matmul import Matmul
+from qtoolkit.nn.moving import (
+    ChannelShuffle,
+    Pad,
+    PixelShuffle,
+    PixelUnshuffle,
+    UpsampleNearest2d,
+)
+from qtoolkit.nn.pooling import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    GlobalAvgPool2d,
+    MaxPool2d,
+    Mean,
+    Sum,
+)
+from qtoolkit.nn.upsample import UpsampleBilinear2d
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -13,16 +30,30 @@ __all__ = [
     "AvgPool2d",
     "BatchNorm2d",
     "Cat",
+    "ChannelShuffle",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "DepthwiseConv2d",
     "Dequantize",
+    "DynamicLinear",
     "GlobalAvgPool2d",
     "Linear",
+    "Lookup",
+    "Matmul",
     "MaxPool2d",
+    "Mean",
+    "Mul",
+    "Pad",
+    "PixelShuffle",
+    "PixelUnshuffle",
     "QParams",
     "Quantize",
     "QuantizedModule",
     "ReLU",
+    "Sum",
+    "UpsampleBilinear2d",
+    "UpsampleNearest2d",
     "functional",
     "qat",
 ]

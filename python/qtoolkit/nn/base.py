@@ -40,6 +40,59 @@ class QParams:
         return "int8" if self.quant_min < 0 else "uint8"
 
 
+class PlanStep:
+    """A layer as a step of a plan: what the engine needs to know of it.
+
+    Attributes:
+        kind: name of the engine's step, a file in ``csrc/engine/steps``.
+        integers: its integer attributes.
+        constants: its tensors.
+    """
+
+    def __init__(self, kind: str, **integers: int | list[int]) -> None:
+        self.kind = kind
+        self.integers = {
+            name: value if isinstance(value, list) else [int(value)]
+            for name, value in integers.items()
+        }
+        self.constants: dict[str, Tensor] = {}
+        #: Prefixes of the attributes of each input, in order.
+        self.input_names: list[str] = []
+
+    def constant(self, name: str, tensor: Tensor | None) -> None:
+        """Adds a tensor; None is left out."""
+        if tensor is not None:
+            self.constants[name] = tensor.detach()
+
+    def qparams(
+        self, name: str, scale: Tensor | None, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> None:
+        """Adds the quantization of a value; without a scale it is left out."""
+        if scale is not None:
+            self.constants[f"{name}_scale"] = scale.detach().reshape(())
+            self.integers[f"{name}_zero_point"] = [int(zero_point)]
+            self.integers[f"{name}_range"] = [quant_min, quant_max]
+
+    def input(
+        self, name: str, scale: Tensor | None, zero_point: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Adds the quantization of an input of codes of that dtype."""
+        if scale is not None:
+            self.input_names.append(name)
+        limits = torch.iinfo(torch.int8 if dtype == torch.int8 else torch.uint8)
+        self.qparams(name, scale, zero_point, limits.min, limits.max)
+
+    def output(self, module: QuantizedModule) -> None:
+        """Adds the quantization of a module's output; of a float32 output there is none."""
+        self.qparams(
+            "output",
+            module.output_scale,
+            module.output_zero_point,
+            module.quant_min,
+            module.quant_max,
+        )
+
+
 class QuantizedModule(nn.Module):
     """A layer that computes on 8-bit codes.
 
@@ -100,6 +153,18 @@ class QuantizedModule(nn.Module):
         zero_point = int(self.output_zero_point)
         code = round(upper / float(self.output_scale)) + zero_point
         self.quant_max = max(min(self.format_max, code), zero_point)
+
+    def plan_step_of_call(self, dtypes: list[torch.dtype], numbers: list[Any]) -> PlanStep | None:
+        """The same where the call also gives numbers; None if they are not known to the step."""
+        return None if numbers else self.plan_step(dtypes)
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        """This layer as a step of a plan, for inputs of those dtypes; None if there is none."""
+        return None
+
+    def kind(self) -> str:
+        """What it is, for reports."""
+        return type(self).__name__
 
     def formats(self) -> str:
         """What it reads and writes, for reports, such as ``"uint8 x int8 -> uint8"``."""

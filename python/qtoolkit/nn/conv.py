@@ -1,12 +1,13 @@
-"""INT8 convolution."""
+"""INT8 convolutions."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
-from qtoolkit.nn.weights import IntegerWeight, quantize_bias
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.weights import IntegerWeight, quantize_bias, swap_channels
 
 
 class Conv2d(QuantizedModule):
@@ -70,6 +71,23 @@ class Conv2d(QuantizedModule):
             self.residual_zero_point,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep(
+            "conv2d",
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            relu=self.relu,
+        )
+        step.constant("weight", self.weight)
+        step.constant("weight_scale", self.weight_scale.reshape(-1))
+        step.constant("bias", self.bias)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.input("residual", self.residual_scale, self.residual_zero_point, dtypes[-1])
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         output = "float32" if self.output_scale is None else code_format(self.quant_min)
         return f"{self.input_format} x int8 -> {output}"
@@ -103,4 +121,153 @@ def make_conv2d(
     return kind(weight, bias, groups=groups, **options)  # type: ignore[arg-type]
 
 
-__all__ = ["Conv2d", "DepthwiseConv2d", "make_conv2d"]
+class Conv1d(QuantizedModule):
+    """1-D convolution on codes ``[N, C, L]``, seen as images of one row; the rest as ``Conv2d``."""
+
+    kernel = "conv2d"
+
+    def __init__(
+        self,
+        weight: IntegerWeight,
+        bias: Tensor | None,
+        *,
+        stride: int,
+        padding: int,
+        dilation: int,
+        groups: int,
+        input: QParams,
+        output: QParams | None,
+        residual: QParams | None = None,
+        relu: bool = False,
+        upper: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride = [1, stride]
+        self.padding = [0, padding]
+        self.dilation = [1, dilation]
+        self.groups = groups
+        self.relu = relu
+        if is_depthwise(weight.codes, groups):
+            self.kernel = "conv2d_depthwise"
+        weight, bias = quantize_bias(weight, bias, input.scale)
+        self.register_buffer("weight", weight.codes.contiguous())
+        self.register_buffer("weight_scale", weight.scale.clone())
+        self.register_buffer("bias", bias)
+        self.input_format = input.format
+        self._register_qparams("input", input)
+        self._register_qparams("residual", residual)
+        self._register_output(output, upper)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.conv2d(
+            x.unsqueeze(2),
+            self.input_scale,
+            self.input_zero_point,
+            self.weight.unsqueeze(2),
+            self.weight_scale,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.relu,
+            None if residual is None else residual.unsqueeze(2),
+            self.residual_scale,
+            self.residual_zero_point,
+        ).squeeze(2)
+
+    def formats(self) -> str:
+        output = "float32" if self.output_scale is None else code_format(self.quant_min)
+        return f"{self.input_format} x int8 -> {output}"
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, width = self.weight.shape
+        return (
+            f"{in_channels * self.groups}, {out_channels}, kernel_size={width}, "
+            f"stride={self.stride[1]}, padding={self.padding[1]}, dilation={self.dilation[1]}, "
+            f"groups={self.groups}, relu={self.relu}, "
+            f"residual={self.residual_scale is not None}, {self.formats()}"
+        )
+
+
+class ConvTranspose2d(QuantizedModule):
+    """2-D transposed convolution on codes, with ReLU fused where asked; see
+    ``qtoolkit.ops.conv_transpose2d``.
+
+    Args:
+        weight: output channels first; the buffer has them second, as torch's layer.
+    """
+
+    kernel = "conv2d"
+
+    def __init__(
+        self,
+        weight: IntegerWeight,
+        bias: Tensor | None,
+        *,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        output_padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        input: QParams,
+        output: QParams | None,
+        relu: bool = False,
+        upper: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride = list(stride)
+        self.padding = list(padding)
+        self.output_padding = list(output_padding)
+        self.dilation = list(dilation)
+        self.groups = groups
+        self.relu = relu
+        if is_depthwise(weight.codes, groups):
+            self.kernel = "conv2d_depthwise"
+        weight, bias = quantize_bias(weight, bias, input.scale)
+        self.register_buffer("weight", swap_channels(weight.codes, groups).contiguous())
+        self.register_buffer("weight_scale", weight.scale.clone())
+        self.register_buffer("bias", bias)
+        self.input_format = input.format
+        self._register_qparams("input", input)
+        self._register_output(output, upper)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv_transpose2d(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.dilation,
+            self.groups,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.relu,
+        )
+
+    def formats(self) -> str:
+        output = "float32" if self.output_scale is None else code_format(self.quant_min)
+        return f"{self.input_format} x int8 -> {output}"
+
+    def extra_repr(self) -> str:
+        in_channels, out_channels, height, width = self.weight.shape
+        return (
+            f"{in_channels}, {out_channels * self.groups}, kernel_size=({height}, {width}), "
+            f"stride={self.stride}, padding={self.padding}, "
+            f"output_padding={self.output_padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, relu={self.relu}, {self.formats()}"
+        )
+
+
+__all__ = ["Conv1d", "Conv2d", "ConvTranspose2d", "DepthwiseConv2d", "make_conv2d"]

@@ -1,5 +1,5 @@
-"""Layers that work on codes element by element: quantize, dequantize, add, cat, ReLU, batch
-norm."""
+"""Layers that work on codes element by element: quantize, dequantize, add, mul, cat, ReLU,
+batch norm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 
 
 class Quantize(QuantizedModule):
@@ -23,6 +23,13 @@ class Quantize(QuantizedModule):
         return ops.quantize_per_tensor(
             x, self.output_scale, self.output_zero_point, self.quant_min, self.quant_max
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        if dtypes[0] != torch.float32:
+            return None
+        step = PlanStep("quantize")
+        step.output(self)
+        return step
 
     def formats(self) -> str:
         return f"float32 -> {code_format(self.quant_min)}"
@@ -41,12 +48,17 @@ class Dequantize(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         return ops.dequantize_per_tensor(x, self.input_scale, self.input_zero_point)
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("dequantize", contiguous=False)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        return step
+
     def formats(self) -> str:
         return f"{self.input_format} -> float32"
 
 
 class Add(QuantizedModule):
-    """Sum of two tensors of codes of one shape, with ReLU fused where asked."""
+    """Sum of two tensors of codes, with ReLU fused where asked; shapes are broadcast."""
 
     kernel = "add"
 
@@ -80,8 +92,61 @@ class Add(QuantizedModule):
             self.relu,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("add", relu=self.relu)
+        step.input("a", self.a_scale, self.a_zero_point, dtypes[0])
+        step.input("b", self.b_scale, self.b_zero_point, dtypes[1])
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         return f"8-bit + 8-bit -> {code_format(self.quant_min)}"
+
+
+class Mul(QuantizedModule):
+    """Product of two tensors of codes, with ReLU fused where asked; shapes are broadcast."""
+
+    kernel = "mul"
+
+    def __init__(
+        self,
+        a: QParams,
+        b: QParams,
+        *,
+        output: QParams,
+        relu: bool = False,
+        upper: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.relu = relu
+        self._register_qparams("a", a)
+        self._register_qparams("b", b)
+        self._register_output(output, upper)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return ops.mul(
+            a,
+            self.a_scale,
+            self.a_zero_point,
+            b,
+            self.b_scale,
+            self.b_zero_point,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.relu,
+        )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("mul", relu=self.relu)
+        step.input("a", self.a_scale, self.a_zero_point, dtypes[0])
+        step.input("b", self.b_scale, self.b_zero_point, dtypes[1])
+        step.output(self)
+        return step
+
+    def formats(self) -> str:
+        return f"8-bit x 8-bit -> {code_format(self.quant_min)}"
 
 
 class Cat(QuantizedModule):
@@ -110,6 +175,15 @@ class Cat(QuantizedModule):
             self.quant_max,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        if self.dim != 1:
+            return None
+        step = PlanStep("cat")
+        for i, dtype in enumerate(dtypes):
+            step.input(f"input{i}", self.input_scales[i], self.input_zero_points[i], dtype)
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         return f"{len(self.input_scales)} x 8-bit -> {code_format(self.quant_min)}"
 
@@ -135,6 +209,12 @@ class ReLU(QuantizedModule):
             self.quant_max,
             True,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("requantize", relu=True)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
@@ -179,6 +259,14 @@ class BatchNorm2d(QuantizedModule):
             self.quant_max,
             self.relu,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("batch_norm", relu=self.relu)
+        step.constant("weight", self.weight)
+        step.constant("bias", self.bias)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 
 
 class MaxPool2d(QuantizedModule):
@@ -31,6 +32,16 @@ class MaxPool2d(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         return ops.max_pool2d(
             x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        return PlanStep(
+            "max_pool2d",
+            kernel_size=self.kernel_size,
+            stride=self.stride or self.kernel_size,
+            padding=self.padding,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
         )
 
     def formats(self) -> str:
@@ -81,6 +92,21 @@ class AvgPool2d(QuantizedModule):
             self.quant_max,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep(
+            "avg_pool2d",
+            kernel_size=self.kernel_size,
+            stride=self.stride or self.kernel_size,
+            padding=self.padding,
+            ceil_mode=self.ceil_mode,
+            count_include_pad=self.count_include_pad,
+        )
+        if self.divisor_override is not None:
+            step.integers["divisor"] = [self.divisor_override]
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
 
@@ -108,6 +134,13 @@ class AdaptiveAvgPool2d(QuantizedModule):
             self.quant_max,
         )
 
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        flatten = not getattr(self, "keepdim", True)
+        step = PlanStep("adaptive_avg_pool2d", output_size=self.output_size, flatten=flatten)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
+
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
 
@@ -131,3 +164,60 @@ class GlobalAvgPool2d(AdaptiveAvgPool2d):
             self.quant_max,
         )
         return y if self.keepdim else y.flatten(1)
+
+
+class Mean(QuantizedModule):
+    """Mean over dimensions with a change of scale."""
+
+    kernel = "avg_pool2d"
+
+    def __init__(self, dims: list[int], keepdim: bool, *, input: QParams, output: QParams) -> None:
+        super().__init__()
+        self.dims = list(dims)
+        self.keepdim = keepdim
+        self._register_qparams("input", input)
+        self._register_output(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.mean(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.dims,
+            self.keepdim,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        if sorted(self.dims) not in ([2, 3], [-2, -1]):
+            return None
+        step = PlanStep("adaptive_avg_pool2d", output_size=[1, 1], flatten=not self.keepdim)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
+
+    def formats(self) -> str:
+        return f"8-bit -> {code_format(self.quant_min)}"
+
+
+class Sum(Mean):
+    """Sum over dimensions with a change of scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sum(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.dims,
+            self.keepdim,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        return None

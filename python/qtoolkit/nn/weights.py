@@ -24,6 +24,14 @@ class IntegerWeight:
     scale: Tensor
 
 
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight ``[in, out / groups, ...]`` as a convolution's ``[out, in /
+    groups, ...]``, and the other way round."""
+    first, second = weight.shape[0] // groups, weight.shape[1]
+    grouped = weight.reshape(groups, first, second, *weight.shape[2:])
+    return grouped.transpose(1, 2).reshape(groups * second, first, *weight.shape[2:])
+
+
 def quantize_weight(weight: Tensor, spec: TensorSpec, name: str) -> IntegerWeight:
     """Codes of a weight whose output channels are its first dimension, in the range of the
     specification's observer.

@@ -94,6 +94,49 @@ def conv2d(
     )
 
 
+def conv_transpose2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """Transposed convolution of codes with exact int32 accumulation; the output is channels_last.
+
+    weight: int8 [C, OC / groups, KH, KW], as torch has it; weight_scale: [OC] or one element; bias:
+    int32 [OC]. The rest is as in conv2d.
+    """
+    return torch.ops.qtoolkit.conv_transpose2d(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        weight_scale,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
 def linear(
     x: Tensor,
     x_scale: Tensor,
@@ -126,6 +169,70 @@ def linear(
     )
 
 
+def linear_dynamic(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    activation: str = "none",
+) -> Tensor:
+    """The fully connected layer on float rows that are quantized here, each by its own range.
+
+    x: float32, float16 or bfloat16 [..., K]; the result [..., OC] has its dtype. Each row of K
+    values (a token) becomes uint8 codes for the range [min(0, least), max(0, greatest)], with the
+    scale and zero point of an affine observer. A row that holds NaN or infinity gives NaN.
+    weight: int8 [OC, K] with zero point 0; weight_scale: float32 [OC] or one element.
+    bias: float32 [OC], or None.
+    activation: "none", "relu", "gelu" (exact), "gelu_tanh" (its approximation) or "silu".
+
+    The sums of products are exact in int32; then, in float32 and rounded once an operation,
+    y = activation(float(acc) * (row_scale * weight_scale[c]) + bias[c]). 16-bit results are rounded
+    once more at the end.
+
+    Dynamic quantization as in torch.ao.quantization.quantize_dynamic, but with a scale for each row
+    as in Yao et al., "ZeroQuant" (2022). GELU: Hendrycks & Gimpel, "Gaussian Error Linear Units"
+    (2016).
+
+    The weight is packed once and kept, as in conv2d. There is no gradient.
+    """
+    return torch.ops.qtoolkit.linear_dynamic(x, weight, weight_scale, bias, activation)
+
+
+def matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Product of matrices of codes [..., M, K] and [..., K, N]; batch dimensions are broadcast.
+
+    a and b: uint8 or int8 codes of any strides, such as the transposed keys of attention; b is
+    packed at every call.
+    y_scale and y_zero_point: the output's parameters, or None for a float32 output (dequantized).
+
+    The sums of products of (a - a_zero_point) and (b - b_zero_point) are exact in int32, so K must
+    be at most 33025.
+    """
+    return torch.ops.qtoolkit.matmul(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+    )
+
+
 def add(
     a: Tensor,
     a_scale: Tensor,
@@ -155,6 +262,35 @@ def add(
     )
 
 
+def mul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    relu: bool = False,
+) -> Tensor:
+    """The codes of real a * real b, then ReLU if relu. a and b are broadcast to one shape."""
+    return torch.ops.qtoolkit.mul(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+        relu,
+    )
+
+
 def requantize(
     x: Tensor,
     x_scale: Tensor,
@@ -169,6 +305,15 @@ def requantize(
     return torch.ops.qtoolkit.requantize(
         x, x_scale, x_zero_point, y_scale, y_zero_point, quant_min, quant_max, relu
     )
+
+
+def lookup(x: Tensor, table: Tensor) -> Tensor:
+    """Any function of one code: y = table[x], as PyTorch indexes with an int64 tensor.
+
+    x: codes of any shape; table: [256], uint8 or int8, the dtype of the result. Entry c is for the
+    code c, entry 256 + c for a negative one.
+    """
+    return torch.ops.qtoolkit.lookup(x, table)
 
 
 def batch_norm(

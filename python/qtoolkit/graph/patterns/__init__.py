@@ -4,7 +4,21 @@ The order of the imports is the order of precedence.
 """
 
 # isort: off
-from qtoolkit.graph.patterns import conv, linear, add, cat, batch_norm, relu, avg_pool
+from qtoolkit.graph.patterns import (
+    conv,
+    conv_transpose,
+    linear,
+    matmul,
+    add,
+    mul,
+    cat,
+    batch_norm,
+    relu,
+    lookup,
+    avg_pool,
+    mean,
+    upsample,
+)
 
 # isort: on
 from qtoolkit.graph.patterns.registry import (
@@ -25,9 +39,15 @@ __all__ = [
     "batch_norm",
     "cat",
     "conv",
+    "conv_transpose",
     "linear",
+    "lookup",
+    "matmul",
+    "mean",
+    "mul",
     "pattern_of",
     "patterns",
     "register_pattern",
     "relu",
+    "upsample",
 ]

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx, nn
 
+from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.patterns.fusing import Chain
 from qtoolkit.graph.patterns.registry import AsModule, Match, Pattern, register_pattern
 from qtoolkit.graph.shapes import float_shape
@@ -20,7 +21,7 @@ _METHODS = {"add", "add_"}
 
 @register_pattern
 class AddPattern(Pattern):
-    """``a + b``, ``a += b``, ``torch.add``, ``a.add_(b)``."""
+    """``a + b``, ``a += b``, ``torch.add``, ``a.add_(b)``; shapes may be broadcast."""
 
     types = (functional.Add,)
 
@@ -30,10 +31,10 @@ class AddPattern(Pattern):
         if len(node.args) != 2 or node.kwargs:
             return None
         a, b = node.args
-        shape = float_shape(a)
-        if shape is None or shape != float_shape(b):
+        shapes = float_shape(a), float_shape(b)
+        if None in shapes:
             return None
-        return AsModule(functional.Add(), (a, b))
+        return AsModule(functional.Add(broadcast=shapes[0] != shapes[1]), (a, b))
 
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
         a, b = node.args
@@ -41,7 +42,16 @@ class AddPattern(Pattern):
         assert isinstance(b, fx.Node)
         chain = Chain([node], taken)
         chain.follow_relu(module)
-        return Match(self, tuple(chain.nodes), (a, b), chain.relu, chain.upper)
+        add = called_module(node, module)
+        assert isinstance(add, functional.Add)
+        return Match(
+            self,
+            tuple(chain.nodes),
+            (a, b),
+            chain.relu,
+            chain.upper,
+            needs_codes=add.broadcast,
+        )
 
     def lower(
         self,

@@ -60,7 +60,7 @@ class Chain:
         """Takes in the addition of another tensor, if that addition is to be quantized."""
         user = self._next()
         called = called_module(user, module)
-        if user is None or not isinstance(called, functional.Add):
+        if user is None or not isinstance(called, functional.Add) or called.broadcast:
             return
         others = [arg for arg in user.args if arg is not self.nodes[-1]]
         if qconfig_of(called) is None or len(others) != 1:

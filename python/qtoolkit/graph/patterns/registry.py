@@ -29,6 +29,7 @@ class Match:
         upper: the upper bound of a fused ReLU6 or clipped ReLU, None without.
         batch_norm: the fused batch norm module (QAT only).
         residual: True if the addition of the last input is fused.
+        needs_codes: True if it is worth computing on codes only where its inputs are codes anyway.
     """
 
     pattern: Pattern
@@ -38,6 +39,7 @@ class Match:
     upper: float | None = None
     batch_norm: nn.Module | None = None
     residual: bool = False
+    needs_codes: bool = False
 
     @property
     def anchor(self) -> fx.Node:

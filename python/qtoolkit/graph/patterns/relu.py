@@ -1,4 +1,4 @@
-"""ReLU and ReLU6 that no layer before them can take in."""
+"""ReLU and ReLU6 that no layer before them can take in, and Hardtanh."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn import functional as torch_functional
 
 from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.patterns.fusing import relu_bound
+from qtoolkit.graph.patterns.lookup import tabulated
 from qtoolkit.graph.patterns.registry import AsModule, Match, Pattern, register_pattern
 from qtoolkit.graph.shapes import float_shape
 from qtoolkit.nn import elementwise
@@ -20,7 +21,7 @@ _RELU6 = {torch_functional.relu6}
 
 @register_pattern
 class ReLUPattern(Pattern):
-    """``nn.ReLU``, ``nn.ReLU6`` and their functions."""
+    """``nn.ReLU``, ``nn.ReLU6``, ``nn.Hardtanh`` and their functions."""
 
     types = (nn.ReLU, nn.Hardtanh)
 
@@ -30,13 +31,9 @@ class ReLUPattern(Pattern):
         # The inplace flag is left out: it changes no value, and the input may be used elsewhere.
         return AsModule(nn.ReLU6() if node.target in _RELU6 else nn.ReLU(), node.args[:1])
 
-    def unsupported(self, module: nn.Module) -> str | None:
-        return None if relu_bound(module)[0] else "its lower bound is not 0"
-
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
-        upper = relu_bound(called_module(node, module))[1]
         assert isinstance(node.args[0], fx.Node)
-        return Match(self, (node,), (node.args[0],), True, upper)
+        return Match(self, (node,), (node.args[0],), *relu_bound(called_module(node, module)))
 
     def lower(
         self,
@@ -47,4 +44,6 @@ class ReLUPattern(Pattern):
         output: QParams | None,
     ) -> nn.Module:
         assert output is not None
+        if not match.relu:
+            return tabulated(match, module, inputs[0], output)
         return elementwise.ReLU(inputs[0], output=output, upper=match.upper)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
 from qtoolkit.graph.notes import note_of, set_note
 from qtoolkit.graph.patterns.registry import Match
-from qtoolkit.nn.qat.weighted import Conv2d, Linear, folded_bias
-from qtoolkit.nn.weights import IntegerWeight, quantize_weight
+from qtoolkit.nn.qat.weighted import WEIGHTED, folded_bias
+from qtoolkit.nn.weights import IntegerWeight, quantize_weight, swap_channels
 from qtoolkit.qconfig import QConfig
 
 # More products of 8-bit codes than this could overflow an int32 sum: 255 * 128 each.
@@ -34,8 +36,15 @@ def set_submodule(module: fx.GraphModule, name: str, child: nn.Module) -> None:
     setattr(parent, leaf, child)
 
 
+def float_weight(layer: Any) -> Tensor:
+    """A layer's weight with output channels first."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return swap_channels(layer.weight, layer.groups)
+    return layer.weight
+
+
 def integer_weight_and_bias(
-    layer: nn.Conv2d | nn.Linear, match: Match, qconfig: QConfig
+    layer: Any, match: Match, qconfig: QConfig
 ) -> tuple[IntegerWeight, Tensor | None]:
     """A layer's weight as codes, and its float bias, batch norm folded in."""
     for name, tensor in (("bias", layer.bias), ("weight", layer.weight)):
@@ -43,11 +52,12 @@ def integer_weight_and_bias(
             raise ValueError(
                 f"{match.anchor.target}.{name} holds NaN or Inf; check the model's checkpoint"
             )
-    if isinstance(layer, Conv2d | Linear):
+    if isinstance(layer, WEIGHTED):
         weight = layer.integer_weight(match.batch_norm)
         if match.batch_norm is None:
             return weight, layer.bias
         return weight, folded_bias(layer.bias, match.batch_norm)
     assert qconfig.weight is not None
     assert match.batch_norm is None
-    return quantize_weight(layer.weight, qconfig.weight, str(match.anchor.target)), layer.bias
+    name = str(match.anchor.target)
+    return quantize_weight(float_weight(layer), qconfig.weight, name), layer.bias

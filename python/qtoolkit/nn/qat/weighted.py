@@ -12,12 +12,12 @@ from qtoolkit import ops
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.nn.kernels import weight_without_kernel
 from qtoolkit.nn.sharing import keep_mark
-from qtoolkit.nn.weights import IntegerWeight, fold_scale, quantize_bias
+from qtoolkit.nn.weights import IntegerWeight, fold_scale, quantize_bias, swap_channels
 from qtoolkit.qconfig import TensorSpec
 
 
 class _FakeQuantizedWeight:
-    """The weight's side of a QAT layer; mixed into ``nn.Conv2d`` and ``nn.Linear``.
+    """The weight's side of a QAT layer; mixed into the layers of ``torch.nn``.
 
     A batch norm that follows is folded into the weight when the model is converted, so the weight
     that will be quantized is ``weight * gamma / sqrt(running_var + eps)``. Symmetric quantization
@@ -52,18 +52,23 @@ class _FakeQuantizedWeight:
         factor = batch_norm_factor(self._batch_norm[0]).detach()
         return torch.where(factor == 0, torch.ones_like(factor), factor)
 
+    def float_weight(self) -> Tensor:
+        """The weight with output channels first, as it is quantized."""
+        return self.weight
+
     def quantized_weight(self) -> Tensor:
-        """The fake-quantized weight, float32, that the layer computes with."""
+        """The fake-quantized ``float_weight``, float32, that the layer computes with."""
         factor = self._fold_factor()
+        weight = self.float_weight()
         if factor is None:
-            return self.weight_fake_quant(self.weight)
-        factor = factor.reshape(-1, *([1] * (self.weight.dim() - 1)))
-        return self.weight_fake_quant(self.weight * factor) / factor
+            return self.weight_fake_quant(weight)
+        factor = factor.reshape(-1, *([1] * (weight.dim() - 1)))
+        return self.weight_fake_quant(weight * factor) / factor
 
     def integer_weight(self, batch_norm: nn.Module | None) -> IntegerWeight:
         """Codes and scale of the weight with the batch norm folded in."""
         factor = self._fold_factor()
-        weight = self.weight.detach()
+        weight = self.float_weight().detach()
         if factor is not None:
             weight = weight * factor.reshape(-1, *([1] * (weight.dim() - 1)))
         self.weight_fake_quant(weight)
@@ -176,6 +181,43 @@ class Linear(_FakeQuantizedWeight, nn.Linear):
         return functional.linear(input, weight, self._bias_for(_code_format(input_fake_quant)[0]))
 
 
+class Conv1d(_FakeQuantizedWeight, nn.Conv1d):
+    """``nn.Conv1d`` with a fake-quantized weight; parameters keep their names."""
+
+    def forward(self, input: Tensor, input_fake_quant: FakeQuantize | None = None) -> Tensor:
+        """The convolution; ``input_fake_quant`` is the module that fake-quantized the input."""
+        bias = self._bias_for(_code_format(input_fake_quant)[0])
+        return self._conv_forward(input, self.quantized_weight(), bias)
+
+
+class ConvTranspose2d(_FakeQuantizedWeight, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a fake-quantized weight; parameters keep their names."""
+
+    def float_weight(self) -> Tensor:
+        return swap_channels(self.weight, self.groups)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, input_fake_quant: FakeQuantize | None = None
+    ) -> Tensor:
+        """The convolution; ``input_fake_quant`` is the module that fake-quantized the input."""
+        if input.device.type == "cpu" and input.dim() == 4:
+            input = input.contiguous(memory_format=torch.channels_last)
+        return functional.conv_transpose2d(
+            input,
+            swap_channels(self.quantized_weight(), self.groups),
+            self._bias_for(_code_format(input_fake_quant)[0]),
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+#: The layers with a weight.
+WEIGHTED = (Conv1d, Conv2d, ConvTranspose2d, Linear)
+
+
 def _code_format(
     fake_quant: FakeQuantize | None,
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
@@ -204,6 +246,44 @@ def make_conv2d(
     return _adopt(result, conv, spec, name, batch_norm)
 
 
+def make_conv1d(
+    conv: nn.Conv1d, spec: TensorSpec, name: str, batch_norm: nn.Module | None
+) -> Conv1d:
+    """The QAT layer that shares the convolution's parameters."""
+    result = Conv1d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        device="meta",
+    )
+    return _adopt(result, conv, spec, name, batch_norm)
+
+
+def make_conv_transpose2d(
+    conv: nn.ConvTranspose2d, spec: TensorSpec, name: str, batch_norm: nn.Module | None
+) -> ConvTranspose2d:
+    """The QAT layer that shares the convolution's parameters."""
+    result = ConvTranspose2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.output_padding,  # type: ignore[arg-type]
+        conv.groups,
+        conv.bias is not None,
+        conv.dilation,  # type: ignore[arg-type]
+        device="meta",
+    )
+    return _adopt(result, conv, spec, name, batch_norm)
+
+
 def make_linear(
     linear: nn.Linear, spec: TensorSpec, name: str, batch_norm: nn.Module | None
 ) -> Linear:
@@ -220,7 +300,7 @@ def _adopt(
     keep_mark(module, result)
     result._init_fake_quant(spec, name, batch_norm)
     result.weight_fake_quant.to(module.weight.device)
-    result.weight_fake_quant.allocate(module.weight)
+    result.weight_fake_quant.allocate(result.float_weight())
     result.train(module.training)
     return result
 

@@ -1,0 +1,58 @@
+#include "kernels/conv_transpose2d.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace qtoolkit::kernels {
+
+std::vector<TransposedAxis> transposed_axes(const TransposedGeometry& geometry, int64_t out_size) {
+  const auto [kernel, stride, padding, dilation] = geometry;
+  // Input position i and tap k make output i * stride - padding + k * dilation.
+  const int64_t common = std::gcd(stride, dilation);
+  std::vector<TransposedAxis> axes;
+  for (int64_t first = 0; first < std::min(stride, out_size); ++first) {
+    TransposedAxis axis{.first_output = first, .outputs = (out_size - first + stride - 1) / stride};
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      if ((first + padding - tap * dilation) % stride != 0) continue;
+      axis.kernel = axis.taps.first < 0 ? 1 : axis.kernel + 1;
+      axis.taps = {.first = tap, .step = stride / common};
+      axis.dilation = dilation / common;
+      axis.first_input = (first + padding - tap * dilation) / stride;
+    }
+    axes.push_back(axis);
+  }
+  return axes;
+}
+
+Border transposed_border(const std::vector<TransposedAxis>& axes, int64_t in_size) {
+  Border border;
+  for (const TransposedAxis& axis : axes) {
+    border.before = std::max(border.before, -axis.first_input);
+    border.after = std::max(border.after, axis.last_input() - (in_size - 1));
+  }
+  return border;
+}
+
+void transposed_weight(const Conv2dShape& part, const TransposedTaps& rows,
+                       const TransposedTaps& columns, int64_t kernel_height, int64_t kernel_width,
+                       const int8_t* weight, int8_t* result) {
+  const bool reached = rows.first >= 0 && columns.first >= 0;
+  for (int64_t group = 0; group < part.groups; ++group) {
+    for (int64_t out = 0; out < part.out_channels; ++out) {
+      for (int64_t in = 0; in < part.in_channels; ++in) {
+        const int8_t* const kernel =
+            weight + ((group * part.in_channels + in) * part.out_channels + out) * kernel_height *
+                         kernel_width;
+        for (int64_t i = 0; i < part.kernel_height; ++i) {
+          for (int64_t j = 0; j < part.kernel_width; ++j) {
+            const int64_t row = rows.first - i * rows.step;
+            const int64_t column = columns.first - j * columns.step;
+            *result++ = reached ? kernel[row * kernel_width + column] : int8_t{0};
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace qtoolkit::kernels
