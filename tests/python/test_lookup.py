@@ -223,7 +223,7 @@ def test_a_function_of_float_values_stays_in_float():
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.norm = nn.LayerNorm(8)
+            self.norm = nn.GroupNorm(2, 8)
 
         def forward(self, x):
             return self.b(F.gelu(self.norm(self.a(x))))
