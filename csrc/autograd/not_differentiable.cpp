@@ -20,6 +20,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "conv_transpose2d",
                            "linear",
                            "linear_dynamic",
+                           "matmul",
                            "add",
                            "mul",
                            "requantize",

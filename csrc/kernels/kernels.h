@@ -8,6 +8,7 @@
 #include "kernels/fake_quantize.h"
 #include "kernels/learned.h"
 #include "kernels/low_bit.h"
+#include "kernels/matmul.h"
 #include "kernels/move.h"
 #include "kernels/pooling.h"
 #include "kernels/pooling_train.h"

@@ -1,7 +1,4 @@
 // The fully connected layer on float rows that are quantized here, each by its own range.
-//
-// The rows' codes are multiplied with the packed weight in blocks of rows and channels whose int32
-// sums stay in the first or second level cache until they become results.
 #include <torch/library.h>
 
 #include <array>
@@ -11,6 +8,7 @@
 #include "kernels/kernels.h"
 #include "ops/aligned_buffer.h"
 #include "ops/checks.h"
+#include "ops/code_product.h"
 #include "ops/conv_args.h"
 #include "ops/layout.h"
 #include "ops/parallel.h"
@@ -20,13 +18,6 @@ namespace qtoolkit::ops {
 namespace {
 
 constexpr const char* kOp = "linear_dynamic";
-
-// Rows whose codes are multiplied with a part of the weight before the next rows come: as many as
-// fill this much of a second level cache.
-constexpr int64_t kBlockBytes = int64_t{1} << 20;
-// Sums of a block of rows and channels; those of one block of kChannelBlock channels at least.
-constexpr int64_t kMostSums = 4096;
-constexpr int64_t kMostChannels = 4 * kernels::kChannelBlock;
 
 Activation activation_of(std::string_view name) {
   constexpr std::array<std::pair<std::string_view, Activation>, 5> kNames = {
@@ -68,10 +59,8 @@ Tensor linear_dynamic_meta(const Tensor& x, const Tensor& weight, const Tensor& 
 class Rows {
  public:
   Rows(const Tensor& x, int64_t rows, int64_t width)
-      : rows_(rows),
-        width_(width),
-        // An odd number of cache lines: rows at a power of two share the sets of a cache.
-        stride_((width + 63) / 64 * 64 | 64),
+      : width_(width),
+        stride_(spread_stride(width)),
         codes_(aligned_buffer<uint8_t>(rows * stride_ + kernels::kOverread)),
         scale_(static_cast<size_t>(rows)),
         zero_point_(static_cast<size_t>(rows)) {
@@ -79,9 +68,8 @@ class Rows {
                      [&](int64_t begin, int64_t end) { quantize(x, begin, end); });
   }
 
-  int64_t count() const { return rows_; }
   int64_t stride() const { return stride_; }
-  const uint8_t* codes(int64_t row) const { return codes_.get() + row * stride_; }
+  const uint8_t* codes() const { return codes_.get(); }
   const float* scale(int64_t row) const { return scale_.data() + row; }
   const int32_t* zero_point(int64_t row) const { return zero_point_.data() + row; }
 
@@ -113,84 +101,61 @@ class Rows {
     }
   }
 
-  int64_t rows_, width_, stride_;
+  int64_t width_, stride_;
   AlignedBuffer<uint8_t> codes_;
   std::vector<float> scale_;
   std::vector<int32_t> zero_point_;
 };
 
-// Results of rows and channels of the product.
-class Product {
+// From the sums of blocks of the product to results.
+class Results {
  public:
-  Product(const Rows& rows, const kernels::Conv2dShape& shape, const PackedHandle& packed,
-          const Tensor& weight, const float* bias, Activation activation, const Tensor& y)
+  Results(const Rows& rows, const ChannelTerms& terms, const float* bias, Activation activation,
+          const Tensor& y)
       : rows_(rows),
-        shape_(shape),
-        packed_(packed),
-        weight_(weight.const_data_ptr<int8_t>()),
+        terms_(terms),
         bias_(bias),
         activation_(activation),
-        y_(y) {}
+        y_(y),
+        float32_(y.scalar_type() == at::kFloat) {}
 
-  // Rows [row, row + rows) at channels [channel, channel + channels), the first a block's first.
-  // `sums` holds rows * channels elements, `values` too unless y is float32.
-  void compute(int64_t row, int64_t rows, int64_t channel, int64_t channels, int32_t* sums,
-               float* values) const {
-    multiply(row, rows, channel, channels, sums);
-    const bool direct = y_.scalar_type() == at::kFloat;
-    const int64_t to = row * shape_.out_channels + channel;
+  // Bytes that `write` needs for results that are not float32.
+  int64_t values_bytes(const CodeProduct::Block& largest) const {
+    return float32_ ? 0 : largest.sums() * static_cast<int64_t>(sizeof(float));
+  }
+
+  void write(const CodeProduct::Block& block, const int32_t* sums, float* values) const {
+    const int64_t channels = y_.size(-1);
+    const int64_t to = block.row * channels + block.column;
     kernels::scale_sums({.sums = sums,
-                         .sums_row_stride = channels,
-                         .columns = channels,
-                         .row_factor = rows_.zero_point(row),
-                         .row_scale = rows_.scale(row),
-                         .column_term = packed_.terms->offset.data() + channel,
-                         .column_scale = packed_.terms->multiplier.data() + channel,
-                         .bias = bias_ == nullptr ? nullptr : bias_ + channel,
+                         .sums_row_stride = block.columns,
+                         .columns = block.columns,
+                         .row_factor = rows_.zero_point(block.row),
+                         .row_scale = rows_.scale(block.row),
+                         .column_term = terms_.offset.data() + block.column,
+                         .column_scale = terms_.multiplier.data() + block.column,
+                         .bias = bias_ == nullptr ? nullptr : bias_ + block.column,
                          .activation = activation_,
-                         .y_row_stride = direct ? shape_.out_channels : channels,
-                         .y = direct ? y_.mutable_data_ptr<float>() + to : values},
-                        0, rows);
-    if (direct) return;
+                         .y_row_stride = float32_ ? channels : block.columns,
+                         .y = float32_ ? y_.mutable_data_ptr<float>() + to : values},
+                        0, block.rows);
+    if (float32_) return;
     auto* const halves = static_cast<uint16_t*>(y_.mutable_data_ptr()) + to;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < block.rows; ++r) {
       kernels::from_float({.bfloat16 = y_.scalar_type() == at::kBFloat16,
-                           .float_in = values + r * channels,
-                           .half_out = halves + r * shape_.out_channels},
-                          0, channels);
+                           .float_in = values + r * block.columns,
+                           .half_out = halves + r * channels},
+                          0, block.columns);
     }
   }
 
  private:
-  void multiply(int64_t row, int64_t rows, int64_t channel, int64_t channels, int32_t* sums) const {
-    static constexpr std::array<int32_t, kMostChannels> kNothing{};
-    kernels::Conv2dArgs args;
-    args.shape = shape_;
-    args.shape.out_width = rows;
-    args.shape.out_channels = channels;
-    args.x = rows_.codes(row);
-    args.x_pixel_stride = rows_.stride();
-    args.x_row_stride = rows * rows_.stride();
-    args.weight = weight_ + channel * shape_.in_channels;
-    args.layout = packed_.weight->layout;
-    args.packed = kernels::conv2d_packed_block(args.layout, shape_, packed_.weight->bytes.get(),
-                                               channel / kernels::kChannelBlock);
-    args.offset = kNothing.data();
-    args.multiplier = packed_.terms->multiplier.data() + channel;
-    args.output = kernels::Conv2dOutput::int32;
-    args.y = sums;
-    args.y_pixel_stride = channels;
-    args.y_row_stride = rows * channels;
-    kernels::conv2d(args, 0, kernels::conv2d_units(args.shape));
-  }
-
   const Rows& rows_;
-  const kernels::Conv2dShape& shape_;
-  const PackedHandle& packed_;
-  const int8_t* weight_;
+  const ChannelTerms& terms_;
   const float* bias_;
   Activation activation_;
   const Tensor& y_;
+  bool float32_;
 };
 
 Tensor linear_dynamic_cpu(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -213,31 +178,27 @@ Tensor linear_dynamic_cpu(const Tensor& x, const Tensor& weight, const Tensor& w
   const Tensor dense_bias = bias ? bias->contiguous() : Tensor();
   const Tensor& canonical = packed.weight->canonical;
   const Rows rows(x.contiguous(), count, width);
-  const Product product(rows, shape, packed, canonical.defined() ? canonical : weight,
-                        bias ? dense_bias.const_data_ptr<float>() : nullptr,
+  const CodeProduct product(
+      {.codes = rows.codes(),
+       .row_stride = rows.stride(),
+       .rows = count,
+       .width = width,
+       .packed = packed.weight->bytes.get(),
+       .layout = packed.weight->layout,
+       .weight = (canonical.defined() ? canonical : weight).const_data_ptr<int8_t>(),
+       .columns = weight.size(0)});
+  const Results results(rows, *packed.terms, bias ? dense_bias.const_data_ptr<float>() : nullptr,
                         activation_of(activation), y);
-
-  const int64_t block =
-      std::min(count, std::max(kBlockBytes / rows.stride(), kernels::kTilePixels));
-  const int64_t channels =
-      std::clamp(kMostSums / block / kernels::kChannelBlock * kernels::kChannelBlock,
-                 kernels::kChannelBlock, kMostChannels);
-  const int64_t parts = (shape.out_channels + channels - 1) / channels;
-  const int64_t blocks = (count + block - 1) / block;
-  // Parts of the weight are numbered within a block of rows: with few rows every thread reads a
-  // piece of the weight of its own, with many it has rows of its own.
-  at::parallel_for(0, blocks * parts, grain_of(kMultiplyGrain, block * channels * width),
+  at::parallel_for(0, product.blocks(), grain_of(kMultiplyGrain, product.multiplications()),
                    [&](int64_t begin, int64_t end) {
-                     const auto sums = aligned_buffer<std::byte>(block * channels * 4);
-                     const auto values = aligned_buffer<std::byte>(
-                         y.scalar_type() == at::kFloat ? 0 : block * channels * 4);
-                     for (int64_t unit = begin; unit < end; ++unit) {
-                       const int64_t row = unit / parts * block;
-                       const int64_t channel = unit % parts * channels;
-                       product.compute(row, std::min(block, count - row), channel,
-                                       std::min(channels, shape.out_channels - channel),
-                                       reinterpret_cast<int32_t*>(sums.get()),
-                                       reinterpret_cast<float*>(values.get()));
+                     const CodeProduct::Block largest = product.largest();
+                     const auto sums = aligned_buffer<std::byte>(largest.sums() * sizeof(int32_t));
+                     const auto values = aligned_buffer<std::byte>(results.values_bytes(largest));
+                     for (; begin < end; ++begin) {
+                       const CodeProduct::Block block = product.block(begin);
+                       product.multiply(block, reinterpret_cast<int32_t*>(sums.get()));
+                       results.write(block, reinterpret_cast<int32_t*>(sums.get()),
+                                     reinterpret_cast<float*>(values.get()));
                      }
                    });
   return y;

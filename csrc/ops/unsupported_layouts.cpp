@@ -43,6 +43,7 @@ void refuse_all(torch::Library& m) {
                            "conv_transpose2d",
                            "linear",
                            "linear_dynamic",
+                           "matmul",
                            "add",
                            "mul",
                            "requantize",

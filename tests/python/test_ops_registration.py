@@ -177,6 +177,10 @@ SAMPLES = {
         (floats(), random_codes((7, 5), torch.int8), torch.rand(7) + 0.1, torch.rand(7), "gelu"),
         (floats(True).bfloat16(), random_codes((7, 5), torch.int8), S, None, "none"),
     ],
+    "matmul": [
+        (codes(), S, Z, codes(torch.int8).mT, S, Z, S, Z, -128, 127),
+        (codes(), S, Z, codes()[0, 0].mT, S, Z, None, None, 0, 255),
+    ],
     "add": [
         (codes(), S, Z, codes(torch.int8), S, Z, S, Z, 0, 255, False),
         (codes().to(memory_format=LAST), S, Z, codes()[:1], S, Z, S, Z, 0, 255, True),

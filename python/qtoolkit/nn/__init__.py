@@ -6,6 +6,7 @@ from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
 from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
+from qtoolkit.nn.matmul import Matmul
 from qtoolkit.nn.moving import (
     ChannelShuffle,
     Pad,
@@ -39,6 +40,7 @@ __all__ = [
     "GlobalAvgPool2d",
     "Linear",
     "Lookup",
+    "Matmul",
     "MaxPool2d",
     "Mean",
     "Mul",

@@ -39,6 +39,16 @@ class Mul(nn.Module):
         return a * b
 
 
+class Matmul(nn.Module):
+    """``a @ b`` of two activations."""
+
+    #: The name by which ``QConfigMapping.set_module_type`` knows it.
+    op_name = "matmul"
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+
 class Cat(nn.Module):
     """``torch.cat(xs, dim)``."""
 

@@ -198,6 +198,41 @@ def linear_dynamic(
     return torch.ops.qtoolkit.linear_dynamic(x, weight, weight_scale, bias, activation)
 
 
+def matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Optional[Tensor],  # noqa: UP045
+    y_zero_point: Optional[Tensor],  # noqa: UP045
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Product of matrices of codes [..., M, K] and [..., K, N]; batch dimensions are broadcast.
+
+    a and b: uint8 or int8 codes of any strides, such as the transposed keys of attention; b is
+    packed at every call.
+    y_scale and y_zero_point: the output's parameters, or None for a float32 output (dequantized).
+
+    The sums of products of (a - a_zero_point) and (b - b_zero_point) are exact in int32, so K must
+    be at most 33025.
+    """
+    return torch.ops.qtoolkit.matmul(
+        a,
+        a_scale,
+        a_zero_point,
+        b,
+        b_scale,
+        b_zero_point,
+        y_scale,
+        y_zero_point,
+        quant_min,
+        quant_max,
+    )
+
+
 def add(
     a: Tensor,
     a_scale: Tensor,
