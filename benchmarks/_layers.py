@@ -23,8 +23,7 @@ class Layer:
 def of_plan(report: Any) -> list[Layer]:
     """The steps of a model that `qt.compile(..., profile=True)` made, from its `plan`."""
     return [
-        Layer(step.name, f"{step.step}, {step.kernel}", step.multiplications, step.ms or 0.0)
-        for step in report.steps
+        Layer(step.name, step.kernel, step.multiplications, step.ms or 0.0) for step in report.steps
     ]
 
 

@@ -13,8 +13,8 @@ Result = dict[str, Any]
 PEERS = ("PyTorch FP32", "torch.ao ", "torchao ", "ONNX Runtime ", "OpenVINO")
 COLORS = ("#d62728", "#9aa5b1", "#5b8def", "#8fb8f6", "#e0a33e", "#6aa84f")
 HELD = {
-    "native": "with all that the CPU has",
     "avx512vnni": "held to AVX512-VNNI",
+    "native": "with all that the CPU has",
     "avx2": "held to AVX2",
 }
 

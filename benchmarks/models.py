@@ -8,7 +8,8 @@ Each configuration (network, batch, threads) runs in a process of its own, in wh
 have the same random weights and images and take turns in every round, and so does a loop of the
 peak's instruction. `--isa` holds every candidate to an instruction set; how, and the traps of it,
 is in _machine.py, and what each really ran is in the last column. Peers take part where they are
-installed: pip install onnx onnxruntime onnxscript openvino nncf torchao.
+installed: pip install onnx onnxruntime onnxscript openvino nncf torchao. Without --peers the
+results are kept in benchmarks/results.
 """
 
 from __future__ import annotations

@@ -71,11 +71,11 @@ def main() -> None:
     example = next(iter(data.calibration))[0][:1]
     variants = [save_script("FP32", torch.jit.trace(model, example), args, "fp32")]
 
-    step("PTQ with qtoolkit: prepare, calibrate, convert, export")
+    step("PTQ with qtoolkit: prepare, calibrate, convert, compile, export")
     ptq = quantize_ptq(model, data, example)
     variants.append(export("qtoolkit PTQ", ptq, example, args, "int8_ptq"))
 
-    step("QAT with qtoolkit: prepare, fine-tune, convert, export")
+    step("QAT with qtoolkit: prepare, fine-tune, convert, compile, export")
     qat = quantize_qat(model, data, example, args)
     variants.append(export("qtoolkit QAT", qat, example, args, "int8"))
     check_in_new_process(qat, variants[-1].file, data, args)
@@ -195,7 +195,8 @@ def export(
     name: str, converted: nn.Module, example: torch.Tensor, args: argparse.Namespace, suffix: str
 ) -> Variant:
     file = args.output / f"{args.model}_{suffix}.pt"
-    qt.export.torchscript(converted, file, example_inputs=(example,))
+    fast = qt.compile(converted, (example,))  # the whole network as one operator
+    qt.export.torchscript(fast, file, example_inputs=(example,))
     return Variant(name, torch.jit.load(file), file)
 
 

@@ -38,6 +38,8 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "pixel_shuffle",
                            "pixel_unshuffle",
                            "mean",
+                           "softmax",
+                           "layer_norm",
                            "sum",
                            "cat"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());

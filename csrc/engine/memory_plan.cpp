@@ -7,7 +7,7 @@ namespace qtoolkit::engine {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kMostBytes = int64_t{1} << 36;
+constexpr int64_t kMostBytes = int64_t{1} << 34;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

@@ -6,6 +6,7 @@
 #include "kernels/convert.h"
 #include "kernels/elementwise.h"
 #include "kernels/fake_quantize.h"
+#include "kernels/layer_norm.h"
 #include "kernels/learned.h"
 #include "kernels/low_bit.h"
 #include "kernels/matmul.h"
@@ -16,6 +17,7 @@
 #include "kernels/quantize_image.h"
 #include "kernels/quantize_rows.h"
 #include "kernels/scale_sums.h"
+#include "kernels/softmax.h"
 #include "kernels/statistics.h"
 #include "kernels/upsample.h"
 

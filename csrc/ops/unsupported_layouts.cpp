@@ -61,6 +61,8 @@ void refuse_all(torch::Library& m) {
                            "pixel_shuffle",
                            "pixel_unshuffle",
                            "mean",
+                           "softmax",
+                           "layer_norm",
                            "sum",
                            "cat",
                            "run_plan",

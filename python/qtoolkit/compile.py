@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.graph.compile import compile_graph, report_of
-from qtoolkit.graph.modules import graph_modules
+from qtoolkit.graph.modules import free_name, graph_modules
 from qtoolkit.graph.report import get_report, set_report
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.plan import Plan, PlanReport, PlanReportHolder
@@ -123,5 +123,6 @@ def compile(
         if tune:
             plan.plan.tune(inputs)
         reports.append(report_of(plan, inputs, profile))
-    compiled.add_module("plan", PlanReportHolder(_merged(reports)))
+    # A layer of the user's that has the name keeps it.
+    compiled.add_module(free_name(compiled, "plan"), PlanReportHolder(_merged(reports)))
     return compiled

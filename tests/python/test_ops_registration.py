@@ -172,6 +172,15 @@ SAMPLES = {
         tuple(make_transposed_case("odd channels").values()),
         tuple(make_transposed_case("depthwise", y_scale=None, y_zero_point=None).values()),
     ],
+    "softmax": [
+        (codes(), S, Z, -1, S, Z, 0, 255),
+        (codes(torch.int8).to(memory_format=LAST), S, Z, 1, None, None, 0, 255),
+        (codes(), S, Z, 1, S, Z, -128, 127),
+    ],
+    "layer_norm": [
+        (codes(), S, Z, (5,), torch.rand(5), torch.rand(5), 1e-5, S, Z, -128, 127),
+        (codes(torch.int8).to(memory_format=LAST), S, Z, (4, 5), None, None, 0.1, None, None, 0, 1),
+    ],
     "linear": [(*make_linear_case((2, 3)).values(), True)],
     "linear_dynamic": [
         (floats(), random_codes((7, 5), torch.int8), torch.rand(7) + 0.1, torch.rand(7), "gelu"),

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels/cpu/conv2d_cursor.h"
+#include "kernels/cpu/conv2d_few_pixels_avx512.h"
 #include "kernels/cpu/conv2d_output_avx512.h"
 #include "kernels/kernels.h"
 
@@ -201,6 +202,7 @@ void run_blocks(const Conv2dArgs& args, const Taps& taps, int64_t block_bytes, i
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
   if (args.layout != Conv2dLayout::quads) return portable::conv2d(args, begin, end);
+  if (few_pixels(args, begin, end)) return;
   const Conv2dShape& s = args.shape;
   const Taps taps = {.rows = s.kernel_height,
                      .runs = s.runs_per_row(),

@@ -11,7 +11,7 @@ from qtoolkit.graph.modules import called_module, free_name, pair
 from qtoolkit.graph.patterns.conv import symmetric_padding
 from qtoolkit.graph.patterns.fusing import only_user
 from qtoolkit.graph.plain import is_plain
-from qtoolkit.graph.shapes import float_shape
+from qtoolkit.graph.shapes import bind_any, float_shape
 from qtoolkit.nn import functional
 
 _RESHAPES = {"reshape", "view", torch.reshape}
@@ -120,3 +120,64 @@ def _pad_of(conv: nn.Conv2d) -> list[int]:
         return [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
     height, width = (0, 0) if conv.padding == "valid" else pair(conv.padding)
     return [width, width, height, height]
+
+
+def _layer_norm(
+    x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
+) -> None:
+    """The parameters of ``F.layer_norm``."""
+
+
+def _holder(node: Any, module: fx.GraphModule) -> str:
+    """The name of the module of which a node reads a parameter; empty if it does not."""
+    is_read = isinstance(node, fx.Node) and node.op == "get_attr"
+    return str(node.target).rpartition(".")[0] if is_read else ""
+
+
+def _is_called(name: str, module: fx.GraphModule) -> bool:
+    return any(n.op == "call_module" and n.target == name for n in module.graph.nodes)
+
+
+def _is_norm(holder: nn.Module, shape: tuple[int, ...], eps: float) -> bool:
+    """True for a layer norm of that shape and epsilon."""
+    if not is_plain(holder, nn.LayerNorm):
+        return False
+    assert isinstance(holder, nn.LayerNorm)
+    return holder.normalized_shape == shape and holder.eps == eps
+
+
+def find_layer_norms(module: fx.GraphModule) -> None:
+    """Puts ``nn.LayerNorm`` where ``F.layer_norm`` is called with the parameters of a module that
+    has no others, such as a subclass that turns images over; they keep their names."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not torch.nn.functional.layer_norm:
+            continue
+        arguments = bind_any(_layer_norm, node)
+        if arguments is None or float_shape(_input(node)) is None:
+            continue
+        weight, bias = arguments["weight"], arguments["bias"]
+        name = _holder(weight, module)
+        if not name or (bias is not None and _holder(bias, module) != name):
+            continue
+        holder: Any = module.get_submodule(name)
+        parameters = {key for key, _ in holder.named_parameters()}
+        named = {str(n.target).rpartition(".")[2] for n in (weight, bias) if n is not None}
+        if "weight" not in named or not named <= {"weight", "bias"} or parameters != named:
+            continue
+        shape, eps = tuple(holder.weight.shape), arguments["eps"]
+        if isinstance(eps, fx.Node) or list(holder.named_buffers()):
+            continue
+        if _is_called(name, module) and not _is_norm(holder, shape, eps):
+            continue
+        norm = nn.LayerNorm(list(shape), eps, bias=bias is not None, device="meta")
+        norm.weight = holder.weight
+        norm.bias = holder.bias if bias is not None else None  # type: ignore[assignment]
+        module.set_submodule(name, norm.train(holder.training))
+        with module.graph.inserting_after(node):
+            call = module.graph.call_module(name, (_input(node),))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        for old in (node, weight, bias):
+            if isinstance(old, fx.Node) and not old.users:
+                module.graph.erase_node(old)
+    module.recompile()

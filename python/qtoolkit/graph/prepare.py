@@ -11,7 +11,7 @@ from torch import fx, nn
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.graph.capture import Capture, Uncaptured
 from qtoolkit.graph.fuse_qat import fuse_qat
-from qtoolkit.graph.idioms import find_channel_shuffles, split_padding
+from qtoolkit.graph.idioms import find_channel_shuffles, find_layer_norms, split_padding
 from qtoolkit.graph.modules import called_module, free_name, graph_modules
 from qtoolkit.graph.normalize import (
     float_node,
@@ -51,6 +51,7 @@ def prepare_model(
     for _, module in graph_modules(capture.model):
         settle_calls(module)
         find_channel_shuffles(module)
+        find_layer_norms(module)
         replace_upsample(module)
         functions_to_modules(module)
         separate_shared_layers(module)

@@ -14,6 +14,7 @@ from qtoolkit.nn.moving import (
     PixelUnshuffle,
     UpsampleNearest2d,
 )
+from qtoolkit.nn.normalization import LayerNorm, Softmax
 from qtoolkit.nn.pooling import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -38,6 +39,7 @@ __all__ = [
     "Dequantize",
     "DynamicLinear",
     "GlobalAvgPool2d",
+    "LayerNorm",
     "Linear",
     "Lookup",
     "Matmul",
@@ -51,6 +53,7 @@ __all__ = [
     "Quantize",
     "QuantizedModule",
     "ReLU",
+    "Softmax",
     "Sum",
     "UpsampleBilinear2d",
     "UpsampleNearest2d",

@@ -49,6 +49,7 @@ from qtoolkit.ops.low_bit import (
     fake_quantize_float,
     fake_quantize_ternary,
 )
+from qtoolkit.ops.normalization import layer_norm, softmax
 from qtoolkit.ops.plan import make_plan, run_plan
 from qtoolkit.ops.shapes import (
     channel_shuffle,
@@ -91,6 +92,7 @@ __all__ = [
     "fake_quantize_relu",
     "fake_quantize_ternary",
     "histogram",
+    "layer_norm",
     "linear",
     "linear_dynamic",
     "lookup",
@@ -110,6 +112,7 @@ __all__ = [
     "quantize_per_tensor",
     "requantize",
     "run_plan",
+    "softmax",
     "sum",
     "upsample_bilinear2d",
     "upsample_nearest2d",

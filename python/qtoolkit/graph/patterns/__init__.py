@@ -18,6 +18,7 @@ from qtoolkit.graph.patterns import (
     avg_pool,
     mean,
     upsample,
+    normalization,
 )
 
 # isort: on
@@ -45,6 +46,7 @@ __all__ = [
     "matmul",
     "mean",
     "mul",
+    "normalization",
     "pattern_of",
     "patterns",
     "register_pattern",

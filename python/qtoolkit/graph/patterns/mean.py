@@ -33,7 +33,6 @@ class MeanPattern(Pattern):
     """``x.mean(dim)``, ``x.sum(dim)`` and their functions."""
 
     types = (functional.Mean, functional.Sum)
-    needs_codes = True
 
     def as_module(self, node: fx.Node, module: fx.GraphModule) -> AsModule | None:
         kind = _KINDS.get(node.target)
@@ -52,7 +51,7 @@ class MeanPattern(Pattern):
 
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
         assert isinstance(node.args[0], fx.Node)
-        return Match(self, (node,), (node.args[0],))
+        return Match(self, (node,), (node.args[0],), needs_codes=True)
 
     def lower(
         self,

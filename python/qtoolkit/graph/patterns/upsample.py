@@ -20,7 +20,6 @@ class UpsamplePattern(Pattern):
 
     types = (functional.UpsampleBilinear2d,)
     dimensions = 4
-    needs_codes = True
     # Values lie between those of the input.
     shares_range = True
 
@@ -29,7 +28,7 @@ class UpsamplePattern(Pattern):
 
     def match(self, node: fx.Node, module: fx.GraphModule, taken: set[fx.Node]) -> Match | None:
         assert isinstance(node.args[0], fx.Node)
-        return Match(self, (node,), (node.args[0],))
+        return Match(self, (node,), (node.args[0],), needs_codes=True)
 
     def lower(
         self,

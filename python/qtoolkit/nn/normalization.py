@@ -1,0 +1,80 @@
+"""Softmax and layer norm on codes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qtoolkit import ops
+from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+
+
+class Softmax(QuantizedModule):
+    """Softmax along a dimension; see ``qtoolkit.ops.softmax``."""
+
+    kernel = "softmax"
+
+    def __init__(self, dim: int, *, input: QParams, output: QParams) -> None:
+        super().__init__()
+        self.dim = dim
+        self._register_qparams("input", input)
+        self._register_output(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.softmax(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.dim,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def formats(self) -> str:
+        return f"8-bit -> {code_format(self.quant_min)}"
+
+
+class LayerNorm(QuantizedModule):
+    """Layer norm over the last dimensions; see ``qtoolkit.ops.layer_norm``.
+
+    ``weight`` and ``bias`` are float32 of the normalized shape, or None.
+    """
+
+    kernel = "layer_norm"
+
+    def __init__(
+        self,
+        normalized_shape: tuple[int, ...],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        *,
+        input: QParams,
+        output: QParams,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = list(normalized_shape)
+        self.eps = eps
+        for name, value in (("weight", weight), ("bias", bias)):
+            self.register_buffer(name, None if value is None else value.detach().float().clone())
+        self._register_qparams("input", input)
+        self._register_output(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.output_scale,
+            self.output_zero_point,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def formats(self) -> str:
+        return f"8-bit -> {code_format(self.quant_min)}"
