@@ -68,6 +68,16 @@ const Variant kVariants[] = {
     {.name = "signed", .zero_point = -5, .lo = -128, .hi = 127},
     {.name = "signed narrow", .zero_point = 3, .lo = -3, .hi = 100},
     {.name = "residual", .zero_point = 90, .residual = Residual::unsigned_codes},
+    {.name = "relu residual", .zero_point = 0, .residual = Residual::unsigned_codes},
+    // Its zero point times its multiplier is a float.
+    {.name = "exact residual",
+     .zero_point = 90,
+     .residual = Residual::unsigned_codes,
+     .residual_multiplier = 0.25f},
+    {.name = "relu exact residual",
+     .zero_point = 0,
+     .residual = Residual::unsigned_codes,
+     .residual_multiplier = 0.5f},
     {.name = "signed residual", .zero_point = 0, .residual = Residual::signed_codes},
     {.name = "all signed",
      .zero_point = -128,
@@ -234,6 +244,23 @@ const std::vector<Size>& sizes() {
       {3, 7, 4, 1, 3, 5, 5, 3},
       {8, 8, 4, 8, 8, 1, 1},
       {5, 7, 2, 5, 9, 3, 3, 1, 2, 7},
+      // For tiles of 16 pixels and 16 quads: rows of one tile and more, pixels of several rows in a
+      // tile, runs that tiles divide or not, more blocks and segments than are taken at once.
+      {1, 2, 1, 64, 40, 1, 1},
+      {1, 16, 1, 64, 64, 1, 1},
+      {1, 17, 1, 116, 40, 1, 1},
+      {1, 300, 1, 68, 33, 1, 1},
+      {1, 5, 1, 64, 600, 1, 1},
+      {1, 3, 1, 17, 1100, 1, 1},
+      {3, 16, 1, 24, 33, 3, 3},
+      {4, 35, 1, 20, 32, 3, 3},
+      {3, 31, 1, 12, 96, 5, 5},
+      {7, 7, 1, 68, 64, 3, 3},
+      {9, 5, 1, 64, 33, 1, 1, 2},
+      {2, 18, 1, 4, 48, 3, 9, 2, 2},
+      {2, 9, 2, 68, 33, 5, 5, 1, 2},
+      {2, 5, 2, 68, 20, 5, 7},
+      {2, 3, 1, 8, 17, 13, 11, 1, 2},
       // Linear layers of few rows and many weights, with one and several blocks of channels left.
       {1, 1, 1, 515, 225, 1, 1},
       {1, 2, 1, 512, 96, 1, 1},
@@ -343,6 +370,7 @@ TEST_P(Conv2dPaths, AllThatThisMachineShouldHaveRun) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2")) expected.push_back(Path::avx2);
   if (__builtin_cpu_supports("avx512vnni")) expected.push_back(Path::avx512vnni);
+  if (kernel == Kernel::conv2d && supported(Path::amx)) expected.push_back(Path::amx);
 #endif
   Size size{3, 3, 4, 1, 1, 3, 3};
   size.depthwise = kernel == Kernel::conv2d_depthwise;

@@ -142,7 +142,7 @@ def test_an_empty_batch_gives_an_empty_result(mixed):
     assert fast(images(0)).shape == (0, 5)
 
 
-@pytest.mark.parametrize("path", ["reference", "portable", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("path", ["reference", "portable", "avx2", "avx512vnni", "amx"])
 def test_every_path_gives_the_same_bits(mixed, path):
     q, fast = mixed
     if path not in _C.cpu_paths():
