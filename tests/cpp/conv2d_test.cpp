@@ -160,7 +160,7 @@ class Problem {
     GuardedBuffer<uint8_t> y(y_size_ * element, 0xa5);
     args_.y = y.data();
     const bool depthwise = offset_.size() != shape_.padded_channels();
-    const auto packed = depthwise ? pack_depthwise_weight(args_) : pack_weight(args_);
+    const auto packed = depthwise ? pack_depthwise_weight(args_) : pack_weight(args_, layout_);
     const int64_t units = depthwise ? shape_.out_height : conv2d_units(shape_);
     const auto kernel = depthwise ? conv2d_depthwise : conv2d;
     kernel(args_, 0, units / 3);
@@ -170,6 +170,8 @@ class Problem {
   }
 
   const Conv2dArgs& args() const { return args_; }
+  // Of the weights, instead of the one that the path prefers.
+  void set_layout(Conv2dLayout layout) { layout_ = layout; }
 
  private:
   static Conv2dShape shape_of(const Size& size) {
@@ -219,6 +221,7 @@ class Problem {
   int64_t y_row_stride_, y_size_, residual_row_stride_;
   GuardedBuffer<uint8_t> residual_;
   Conv2dArgs args_;
+  std::optional<Conv2dLayout> layout_;
 };
 
 const std::vector<Size>& sizes() {
@@ -342,6 +345,25 @@ TEST_P(Conv2dPath, EqualsTheReferenceBitForBit) {
       for (int64_t i = 0; i < expected.size(); ++i) {
         ASSERT_EQ(int{expected[i]}, int{actual[i]}) << "byte " << i << " of " << expected.size();
       }
+    }
+  }
+}
+
+// Weights that were packed for another path, or at run time.
+TEST_P(Conv2dPath, TakesEveryLayout) {
+  const auto& [size, path] = GetParam();
+  if (size.depthwise) return;
+  for (const Conv2dLayout layout : {Conv2dLayout::quads, Conv2dLayout::steps}) {
+    for (const char* name : {"residual", "most negative", "largest", "int32"}) {
+      const auto* const variant = std::ranges::find_if(
+          kVariants, [&](const Variant& v) { return std::string(v.name) == name; });
+      ASSERT_NE(variant, std::end(kVariants)) << name;
+      SCOPED_TRACE(std::string(name) + (layout == Conv2dLayout::quads ? ", quads" : ", steps"));
+      Problem problem(size, *variant, 0);
+      problem.set_layout(layout);
+      const auto expected = result_of(Path::reference, size.kernel(), problem);
+      const auto actual = result_of(path, size.kernel(), problem);
+      ASSERT_TRUE(std::equal(expected.data(), expected.data() + expected.size(), actual.data()));
     }
   }
 }
