@@ -124,7 +124,7 @@ const int8_t* conv2d_packed_block(Conv2dLayout layout, const Conv2dShape& shape,
 
 // Depthwise: groups == channels, one input and one output channel each (in_channels and
 // out_channels of the shape are 1). packed is [kernel_height * kernel_width][channels]; offset and
-// multiplier have `groups` entries. Units of work are output rows. One image in a call.
+// multiplier have `groups` entries. Units of work are output rows, flat over images * out_height.
 void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end);
 void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed);
 void unpack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* packed, int8_t* weight);

@@ -1,12 +1,14 @@
 #include "kernels/conv2d.h"
 #include "kernels/conv2d_pack.h"
 #include "kernels/conv2d_steps.h"
+#include "kernels/conv2d_winograd.h"
 #include "kernels/path.h"
 
 namespace qtoolkit::kernels {
 
-Conv2dLayout conv2d_layout(const Conv2dShape&) {
-  return selected_path(Kernel::conv2d) == Path::avx2 ? Conv2dLayout::steps : Conv2dLayout::quads;
+Conv2dLayout conv2d_layout(const Conv2dShape& shape) {
+  const bool steps = selected_path(Kernel::conv2d) == Path::avx2 && !winograd_fits(shape);
+  return steps ? Conv2dLayout::steps : Conv2dLayout::quads;
 }
 
 int64_t conv2d_packed_bytes(Conv2dLayout layout, const Conv2dShape& shape, const int8_t* weight) {

@@ -123,14 +123,14 @@ void run_conv2d(const Conv2dArgs& args, const ConvImages& images, bool depthwise
                                       : kernels::kTilePixels * kernels::kChannelBlock * taps;
   const int64_t grain = grain_of(kMultiplyGrain, unit_cost);
 
-  const int64_t most = depthwise ? 1 : std::min(images_per_call(shape, source), images.batch);
+  const int64_t most = std::min(images_per_call(shape, source), images.batch);
   const int64_t calls = (images.batch + most - 1) / most;
   // The images of call `i`, and the units of so many images.
   const auto images_of = [&](int64_t i) { return std::min(most, images.batch - i * most); };
   const auto units_of = [&](int64_t count) {
     kernels::Conv2dShape several = shape;
     several.images = count;
-    return depthwise ? shape.out_height : kernels::conv2d_units(several);
+    return depthwise ? count * shape.out_height : kernels::conv2d_units(several);
   };
 
   const auto run = [&](int64_t call, const uint8_t* x, int64_t begin, int64_t end) {

@@ -244,6 +244,13 @@ const std::vector<Size>& sizes() {
       {2, 7, 1, 512, 64, 1, 1},
       {3, 5, 1, 512, 65, 1, 1},
       {4, 7, 1, 519, 40, 1, 1},
+      // What the AVX2 path computes in Winograd's way, with odd sizes.
+      {1, 1, 1, 32, 8, 3, 3},
+      {9, 5, 2, 32, 40, 3, 3, 1, 1, 3},
+      {6, 13, 2, 64, 33, 3, 3},
+      {3, 2, 1, 96, 70, 3, 3},
+      {2, 3, 1, 1824, 4, 3, 3},  // the most input channels
+      {2, 3, 1, 1856, 4, 3, 3},
       {.height = 5,
        .width = 7,
        .groups = 1,

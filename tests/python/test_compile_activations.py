@@ -59,6 +59,18 @@ def test_tables_and_gates_are_steps_of_one_plan(gate_first, mapping):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0"])
+def test_torchvision_networks_are_one_plan(name):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    q = converted(models.get_model(name, weights=None, num_classes=10), images(2, 32))
+    assert not qt.explain(q).float_layers
+    fast = qt.compile(q, images(2, 32), tune=False)
+    assert len(plans(fast)) == 1
+    assert not any(isinstance(module, QuantizedModule) for module in fast.modules())
+    assert torch.equal(fast(images(1, 64)), q(images(1, 64)))
+
+
 def test_other_broadcast_products_run_between_plans():
     class Rows(nn.Module):
         def __init__(self) -> None:

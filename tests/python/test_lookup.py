@@ -255,3 +255,46 @@ def test_a_type_is_kept_in_float_by_its_qconfig():
     prepared = qt.prepare(model, mapping, (data[0],))
     qt.calibrate(prepared, data, progress=False)
     assert not lookups(qt.convert(prepared))
+
+
+def lowest(layer: nn.Module) -> float:
+    """The least real number that a layer's output codes can be."""
+    return float(layer.output_scale * (layer.quant_min - layer.output_zero_point))
+
+
+def highest(layer: nn.Module) -> float:
+    return float(layer.output_scale * (layer.quant_max - layer.output_zero_point))
+
+
+def test_the_range_before_hardswish_begins_at_minus_three():
+    model = settle(Around(nn.Hardswish()), (4, 4, 8, 8))
+    with torch.no_grad():
+        model.a.weight *= 3
+    data = batches((4, 4, 8, 8))
+    quantized = quantize(model, data)
+    assert model.a(data[0]).min() < -6
+    assert -3 - float(quantized.a.output_scale) < lowest(quantized.a) < -2.9
+    assert highest(quantized.a) > 6
+    # Training has its own range.
+    qat = quantize(model, data, qat=True)
+    assert lowest(qat.a) < -6
+
+
+def test_the_range_is_kept_where_another_layer_reads_it():
+    class Both(Around):
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(self.function(y) + y)
+
+    model = settle(Both(nn.Hardswish()), (4, 4, 8, 8))
+    with torch.no_grad():
+        model.a.weight *= 3
+    assert lowest(quantize(model, batches((4, 4, 8, 8))).a) < -6
+
+
+def test_a_positive_factor_changes_the_scale_alone():
+    model = settle(Around(lambda x: x * 3 / 7), (4, 4, 8, 8))
+    data = batches((4, 4, 8, 8))
+    (lookup,) = lookups(quantize(model, data))
+    assert torch.equal(lookup.table, torch.arange(256).to(torch.uint8))
+    assert torch.allclose(lookup.output_scale, lookup.input_scale * 3 / 7)

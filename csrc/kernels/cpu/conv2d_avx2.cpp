@@ -4,8 +4,10 @@
 #include <utility>
 
 #include "kernels/conv2d_steps.h"
+#include "kernels/conv2d_winograd.h"
 #include "kernels/cpu/conv2d_block_avx2.h"
 #include "kernels/cpu/conv2d_cursor.h"
+#include "kernels/cpu/conv2d_winograd_avx2.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::avx2 {
@@ -87,7 +89,9 @@ constexpr auto kAccumulate = all_accumulate(std::make_integer_sequence<int, kMos
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
-  if (args.layout != Conv2dLayout::steps) return portable::conv2d(args, begin, end);
+  if (args.layout != Conv2dLayout::steps) {
+    return (winograd_fits(args.shape) ? winograd_conv2d : portable::conv2d)(args, begin, end);
+  }
   const Conv2dShape& s = args.shape;
   const int64_t tiles = conv2d_tiles(s);
   alignas(32) int32_t acc[kMostPixels * kChannelBlock] = {};

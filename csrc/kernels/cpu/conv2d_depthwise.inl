@@ -7,11 +7,12 @@ namespace {
 constexpr int64_t kLanes = 32;
 
 // One pixel at `lanes` channels; `lanes` is a constant where the compiler can see it.
-inline __attribute__((always_inline)) void depthwise_pixel(const Conv2dArgs& args, int64_t row,
-                                                           int64_t column, int64_t channel,
-                                                           int64_t lanes) {
+inline __attribute__((always_inline)) void depthwise_pixel(const Conv2dArgs& args, int64_t image,
+                                                           int64_t row, int64_t column,
+                                                           int64_t channel, int64_t lanes) {
   const Conv2dShape& s = args.shape;
-  const uint8_t* x = args.x + row * s.stride_height * args.x_row_stride +
+  const uint8_t* x = args.x + image * args.x_image_stride +
+                     row * s.stride_height * args.x_row_stride +
                      column * s.stride_width * args.x_pixel_stride + channel;
   const int8_t* w = args.packed + channel;
   int32_t acc[kLanes];
@@ -27,7 +28,7 @@ inline __attribute__((always_inline)) void depthwise_pixel(const Conv2dArgs& arg
       w += s.groups;
     }
   }
-  store_outputs(args, conv2d_place(args, 0, row, column), channel, lanes, acc,
+  store_outputs(args, conv2d_place(args, image, row, column), channel, lanes, acc,
                 args.multiplier + channel);
 }
 
@@ -36,12 +37,15 @@ inline __attribute__((always_inline)) void depthwise_pixel(const Conv2dArgs& arg
 void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
   const Conv2dShape& s = args.shape;
   const int64_t whole = s.groups - s.groups % kLanes;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / s.out_height, row = unit % s.out_height;
     for (int64_t column = 0; column < s.out_width; ++column) {
       for (int64_t channel = 0; channel < whole; channel += kLanes) {
-        depthwise_pixel(args, row, column, channel, kLanes);
+        depthwise_pixel(args, image, row, column, channel, kLanes);
       }
-      if (whole < s.groups) depthwise_pixel(args, row, column, whole, s.groups - whole);
+      if (whole < s.groups) {
+        depthwise_pixel(args, image, row, column, whole, s.groups - whole);
+      }
     }
   }
 }

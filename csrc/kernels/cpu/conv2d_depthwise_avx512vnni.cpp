@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "kernels/conv2d_output.h"
+#include "kernels/cpu/conv2d_depthwise_strips.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::avx512vnni {
@@ -15,24 +16,10 @@ constexpr auto store_outputs = store_conv2d_outputs;
 // 64 channels at a time, in four registers of int32. Interleaving bytes within 128-bit lanes puts
 // channels 16 * lane + 4 * q + (0 .. 3) in register q; packing back puts them in order again.
 constexpr int64_t kChannels = 64;
-constexpr int kRegisters = 4;
 constexpr int64_t kMaxTaps = 128;
 
 // Plain arrays that are passed by reference: GCC 12 keeps them in registers, a struct in memory.
 using Vectors = __m512i[kRegisters];
-
-// Four taps' bytes of 64 channels to four consecutive bytes per channel.
-inline __attribute__((always_inline)) void interleave(__m512i tap0, __m512i tap1, __m512i tap2,
-                                                      __m512i tap3, Vectors& result) {
-  const __m512i low01 = _mm512_unpacklo_epi8(tap0, tap1);
-  const __m512i high01 = _mm512_unpackhi_epi8(tap0, tap1);
-  const __m512i low23 = _mm512_unpacklo_epi8(tap2, tap3);
-  const __m512i high23 = _mm512_unpackhi_epi8(tap2, tap3);
-  result[0] = _mm512_unpacklo_epi16(low01, low23);
-  result[1] = _mm512_unpackhi_epi16(low01, low23);
-  result[2] = _mm512_unpacklo_epi16(high01, high23);
-  result[3] = _mm512_unpackhi_epi16(high01, high23);
-}
 
 // Lane j of register i to lane i of register j: from channels in order to interleaved ones, and
 // back.
@@ -45,11 +32,6 @@ inline void transpose_lanes(Vectors& a) {
   a[1] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
   a[2] = _mm512_shuffle_i32x4(high01, high23, 0x88);
   a[3] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-}
-
-// See conv2d_avx512vnni.cpp for the reason.
-inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i x, __m512i w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
 
 // One block of channels, prepared for all its pixels.
@@ -76,24 +58,16 @@ void load_channels(const void* from, __mmask64 channels, Vectors& result) {
   transpose_lanes(result);
 }
 
-// A kernel of 3 x 3 whose columns are next to each other: each quad is one column, so that an
-// input column is interleaved once for up to three outputs.
-bool by_columns(const Conv2dShape& s) {
-  return s.kernel_height == 3 && s.kernel_width == 3 && s.dilation_width == 1 &&
-         s.stride_width <= 2;
-}
-
 void prepare(const Conv2dArgs& args, int64_t first_channel, Block& block) {
   const Conv2dShape& s = args.shape;
   const int64_t left = s.groups - first_channel;
   block.channels = left >= kChannels ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
   const int64_t taps = s.kernel_height * s.kernel_width;
-  const bool columns = by_columns(s);
   block.quads = (taps + 3) / 4;
   for (int64_t quad = 0; quad < block.quads; ++quad) {
     __m512i weight[4];
     for (int64_t i = 0; i < 4; ++i) {
-      const int64_t tap = columns ? i * 3 + quad : quad * 4 + i;
+      const int64_t tap = quad * 4 + i;
       // A tap past the last reads the first one's input, which is there.
       block.taps[quad * 4 + i] = 0;
       weight[i] = _mm512_setzero_si512();
@@ -201,9 +175,9 @@ enum class Output { codes, codes_with_residual, codes_with_nan, float32 };
 
 template <Output kOutput>
 inline __attribute__((always_inline)) void store(const Conv2dArgs& args, const Block& block,
-                                                 int64_t row, int64_t column, int64_t channel,
-                                                 const Vectors& acc) {
-  const Conv2dPlace place = conv2d_place(args, 0, row, column);
+                                                 int64_t image, int64_t row, int64_t column,
+                                                 int64_t channel, const Vectors& acc) {
+  const Conv2dPlace place = conv2d_place(args, image, row, column);
   const int64_t to = place.y + channel;
   if (kOutput == Output::float32) {
     return store_float(args, block, acc, static_cast<float*>(args.y) + to);
@@ -223,80 +197,26 @@ inline __attribute__((always_inline)) void store(const Conv2dArgs& args, const B
 }
 
 template <bool kWhole, Output kOutput>
-void run_row(const Conv2dArgs& args, const Block& block, int64_t row, int64_t channel) {
+void run_row(const Conv2dArgs& args, const Block& block, int64_t image, int64_t row,
+             int64_t channel) {
   const Conv2dShape& s = args.shape;
-  const uint8_t* x = args.x + row * s.stride_height * args.x_row_stride + channel;
+  const uint8_t* x =
+      args.x + image * args.x_image_stride + row * s.stride_height * args.x_row_stride + channel;
   const int64_t step = s.stride_width * args.x_pixel_stride;
   for (int64_t column = 0; column < s.out_width; ++column, x += step) {
     Vectors acc;
     accumulate<kWhole>(block, x, acc);
-    store<kOutput>(args, block, row, column, channel, acc);
+    store<kOutput>(args, block, image, row, column, channel, acc);
   }
 }
 
-// sum + column * weight, which may be written over either.
-inline __attribute__((always_inline)) void add_column(const Vectors& sum, const Vectors& column,
-                                                      const Vectors& weight, Vectors& result) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kRegisters; ++i) {
-    __m512i acc = sum[i];
-    dot(acc, column[i], weight[i]);
-    result[i] = acc;
-  }
-}
-
-template <bool kWhole, Output kOutput, int kStride>
-void run_row_by_columns(const Conv2dArgs& args, const Block& block, int64_t row, int64_t channel) {
-  const Conv2dShape& s = args.shape;
-  const uint8_t* x = args.x + row * s.stride_height * args.x_row_stride + channel;
-  const int64_t below = s.dilation_height * args.x_row_stride;
-  const auto next_column = [&](Vectors & column) __attribute__((always_inline)) {
-    interleave(load_bytes<kWhole>(block, x), load_bytes<kWhole>(block, x + below),
-               load_bytes<kWhole>(block, x + 2 * below), _mm512_setzero_si512(), column);
-    x += args.x_pixel_stride;
-  };
-  const Vectors* const weight = block.weight;
-  Vectors column, done;
-  Vectors current;  // the output whose last column comes next
-  Vectors next;     // with a stride of 1, the one after it
-  next_column(column);
-  add_column(block.offset, column, weight[0], current);
-  if (kStride == 1) {
-    next_column(column);
-    add_column(current, column, weight[1], current);
-    add_column(block.offset, column, weight[0], next);
-  }
-  for (int64_t pixel = 0; pixel < s.out_width; ++pixel) {
-    if (kStride == 2) {
-      next_column(column);
-      add_column(current, column, weight[1], current);
-    }
-    next_column(column);
-    add_column(current, column, weight[2], done);
-    if (kStride == 1) {
-      add_column(next, column, weight[1], current);
-      add_column(block.offset, column, weight[0], next);
-    } else {
-      add_column(block.offset, column, weight[0], current);
-    }
-    store<kOutput>(args, block, row, pixel, channel, done);
-  }
-}
-
-using RunRow = void(const Conv2dArgs&, const Block&, int64_t, int64_t);
-template <bool kWhole, Output kOutput>
-RunRow* run_row_of(const Conv2dShape& s) {
-  if (!by_columns(s)) return run_row<kWhole, kOutput>;
-  return s.stride_width == 1 ? run_row_by_columns<kWhole, kOutput, 1>
-                             : run_row_by_columns<kWhole, kOutput, 2>;
-}
+using RunRow = void(const Conv2dArgs&, const Block&, int64_t, int64_t, int64_t);
 template <bool kWhole>
 RunRow* run_row_of(const Conv2dArgs& args, const Block& block) {
-  const Conv2dShape& s = args.shape;
-  if (args.output == Conv2dOutput::float32) return run_row_of<kWhole, Output::float32>(s);
-  if (may_give_nan(args, block)) return run_row_of<kWhole, Output::codes_with_nan>(s);
-  return args.residual != nullptr ? run_row_of<kWhole, Output::codes_with_residual>(s)
-                                  : run_row_of<kWhole, Output::codes>(s);
+  if (args.output == Conv2dOutput::float32) return run_row<kWhole, Output::float32>;
+  if (may_give_nan(args, block)) return run_row<kWhole, Output::codes_with_nan>;
+  return args.residual != nullptr ? run_row<kWhole, Output::codes_with_residual>
+                                  : run_row<kWhole, Output::codes>;
 }
 
 }  // namespace
@@ -307,12 +227,15 @@ void conv2d_depthwise(const Conv2dArgs& args, int64_t begin, int64_t end) {
     return plain::conv2d_depthwise(args, begin, end);
   }
   if (begin >= end || s.out_width == 0) return;
+  if (run_strips(args, begin, end)) return;
   Block block;
   for (int64_t channel = 0; channel < s.groups; channel += kChannels) {
     prepare(args, channel, block);
     const bool whole = channel + kChannels <= s.groups;
     RunRow* const run = whole ? run_row_of<true>(args, block) : run_row_of<false>(args, block);
-    for (int64_t row = begin; row < end; ++row) run(args, block, row, channel);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      run(args, block, unit / s.out_height, unit % s.out_height, channel);
+    }
   }
 }
 

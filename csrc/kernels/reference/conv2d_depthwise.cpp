@@ -14,7 +14,8 @@ void conv2d_depthwise(const Conv2dArgs& given, int64_t begin, int64_t end) {
     unpack_conv2d_depthwise_weight(s, args.packed, unpacked.data());
     args.weight = unpacked.data();
   }
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / s.out_height, row = unit % s.out_height;
     for (int64_t column = 0; column < s.out_width; ++column) {
       for (int64_t channel = 0; channel < s.groups; ++channel) {
         const int8_t* w = args.weight + channel * s.kernel_height * s.kernel_width;
@@ -23,11 +24,12 @@ void conv2d_depthwise(const Conv2dArgs& given, int64_t begin, int64_t end) {
           for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
             const int64_t y = row * s.stride_height + ky * s.dilation_height;
             const int64_t x = column * s.stride_width + kx * s.dilation_width;
-            const uint8_t code = args.x[y * args.x_row_stride + x * args.x_pixel_stride + channel];
+            const uint8_t code = args.x[image * args.x_image_stride + y * args.x_row_stride +
+                                        x * args.x_pixel_stride + channel];
             acc = wrapping_add(acc, int32_t{code} * *w++);
           }
         }
-        store_conv2d_output(args, conv2d_place(args, 0, row, column), channel, acc,
+        store_conv2d_output(args, conv2d_place(args, image, row, column), channel, acc,
                             args.multiplier[channel]);
       }
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
@@ -16,12 +17,13 @@ from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.graph.report import FloatLayer, Report
 from qtoolkit.graph.same_values import IDENTITIES, asks_fact, keeps_values, lower_same_values
 from qtoolkit.graph.shapes import float_shape
-from qtoolkit.graph.shared import SharedObserver
+from qtoolkit.graph.shared import SharedObserver, readers
 from qtoolkit.nn import qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.elementwise import Dequantize, Quantize
 from qtoolkit.nn.kernels import activation_without_kernel, weight_without_kernel
 from qtoolkit.observers import Observer
+from qtoolkit.observers.base import range_to_qparams
 from qtoolkit.qconfig import QConfig
 
 
@@ -52,10 +54,18 @@ class _Lowering:
         self.replaced: dict[fx.Node, fx.Node] = {}
         #: The first quantized layer made of a weight.
         self.shared: dict[int, tuple[object, QuantizedModule]] = {}
+        #: What observers found; a search costs milliseconds.
+        self.found: dict[nn.Module, QParams] = {}
+        #: The layer that each node anchors.
+        self.anchors: dict[fx.Node, Match] = {}
+        self.speaks_for_others = {
+            child.observer for child in module.modules() if isinstance(child, SharedObserver)
+        }
 
     def run(self) -> None:
         unfuse_qat(self.module)
         matches = {match.output: match for match in find_matches(self.module)}
+        self.anchors = {match.anchor: match for match in matches.values()}
         inner = {node for match in matches.values() for node in match.nodes}
         for node in list(self.graph.nodes):
             if node in matches:
@@ -83,12 +93,48 @@ class _Lowering:
         node.replace_all_uses_with(new)
         self.replaced[node] = new
 
-    def _observer_after(self, node: fx.Node) -> nn.Module | None:
+    def _observer_after(self, node: fx.Node) -> fx.Node | None:
+        """The call of an observer of a value, None without."""
         for user in node.users:
-            called = called_module(user, self.module)
-            if is_observer(called):
-                return called
+            if is_observer(called_module(user, self.module)):
+                return user
         return None
+
+    def _found_by(self, call: fx.Node) -> QParams:
+        """``observer_qparams`` of the observer that a node calls."""
+        observer = called_module(call, self.module)
+        assert observer is not None
+        if observer not in self.found:
+            self.found[observer] = observer_qparams(observer)
+        return self.found[observer]
+
+    def _qparams_of(self, call: fx.Node) -> QParams:
+        """The quantization of the value that an observer is called with.
+
+        Where functions alone read it, codes are not spent on what they do not tell apart, such as
+        values below -3 before hardswish. Training has settled that itself.
+        """
+        observer = called_module(call, self.module)
+        found = self._found_by(call)
+        if not isinstance(observer, Observer) or observer in self.speaks_for_others:
+            return found
+        steps = torch.tensor([found.quant_min, found.quant_max]) - found.zero_point.cpu()
+        low, high = (found.scale.cpu() * steps).tolist()
+        bounds = []
+        for reader in readers(call, self.module):
+            match = self.anchors.get(reader)
+            after = None if match is None else self._observer_after(match.output)
+            if match is None or after is None:
+                return found
+            bounds.append(
+                match.pattern.input_range(match, self.module, low, high, self._found_by(after))
+            )
+        narrow = min((b[0] for b in bounds), default=low), max((b[1] for b in bounds), default=high)
+        if narrow == (low, high):
+            return found
+        least, greatest = torch.tensor(narrow, device=found.scale.device)
+        scale, zero_point = range_to_qparams(least, greatest, observer.spec)
+        return replace(found, scale=scale, zero_point=zero_point)
 
     def _reason_without_kernel(self, match: Match, qconfig: QConfig) -> str | None:
         """Why a layer cannot compute on codes, or None if it can."""
@@ -100,9 +146,10 @@ class _Lowering:
         # Every input passed an observer, see prepare; one with an integer kernel gives codes.
         if any(self.replaced.get(node, node) not in self.codes for node in match.inputs):
             return "its input is of a format without an integer kernel"
-        observer = self._observer_after(match.output)
-        if observer is None:
+        call = self._observer_after(match.output)
+        if call is None:
             return None
+        observer = called_module(call, self.module)
         assert isinstance(observer, Observer | FakeQuantize | SharedObserver)
         return activation_without_kernel(observer.spec)
 
@@ -129,7 +176,11 @@ class _Lowering:
         inputs = [self.replaced.get(node, node) for node in match.inputs]
         qparams = [self.codes[node] for node in inputs]
         observer = self._observer_after(match.output)
-        output = None if observer is None else observer_qparams(observer)
+        output = None if observer is None else self._qparams_of(observer)
+        if output is not None and not isinstance(
+            called_module(observer, self.module), FakeQuantize
+        ):
+            output = match.pattern.output_qparams(match, self.module, qparams, output)
         # Without an observer the result is float32; a bound other than ReLU's stays a layer.
         last = match.output
         keep_bound = output is None and match.upper is not None
@@ -180,7 +231,7 @@ class _Lowering:
                 observer.calculate_qparams()  # raises what observer_qparams does
                 observer.freeze()
                 return
-            qparams = observer_qparams(observer)
+            qparams = self._qparams_of(node)
             quantize = Quantize(qparams)
             quantize.source = str(observer.name)
             name = free_name(self.module, f"{value.name}_quantize")

@@ -31,6 +31,11 @@ class SharedObserver(nn.Module):
         self._observer = (observer,)
 
     @property
+    def observer(self) -> Observer:
+        """The other observer."""
+        return self._observer[0]
+
+    @property
     def spec(self) -> TensorSpec:
         """The other observer's."""
         return self._observer[0].spec
@@ -48,11 +53,11 @@ class SharedObserver(nn.Module):
         return self._observer[0].calculate_qparams()
 
 
-def _readers(node: fx.Node, module: fx.GraphModule) -> Iterable[fx.Node]:
+def readers(node: fx.Node, module: fx.GraphModule) -> Iterable[fx.Node]:
     """The nodes that compute with a value, also after it was moved."""
     for user in node.users:
         if keeps_values(user, module) and user.args[0] is node:
-            yield from _readers(user, module)
+            yield from readers(user, module)
         elif not asks_fact(user):
             yield user
 
@@ -90,7 +95,7 @@ def shared_ranges(
             value
             for value in inputs
             if specs[value] == specs[match.output]
-            and all(reader in anchors for reader in _readers(value, module))
+            and all(reader in anchors for reader in readers(value, module))
         ]
         for value in shared:
             parent[find(value)] = find(match.output)

@@ -3,8 +3,10 @@ table."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +74,19 @@ _NEGATIONS = {operator.neg, torch.neg, "neg"}
 _CLAMPS = {torch.clamp, torch.clip, "clamp", "clip"}
 
 
+# Its inverse and its products must be finite, as those of an observer's scale.
+_SMALLEST_SCALE = 2.0**-100
+# Where a function stays within this share of its output's step, its input need not be told apart.
+_FLAT = 0.25
+_POINTS = 4096
+
+
+def _flat_length(values: Tensor, tolerance: float) -> int:
+    """The last place whose value differs from none before it by more than the tolerance."""
+    spread = torch.maximum(values.cummax(0).values - values, values - values.cummin(0).values)
+    return int((spread <= tolerance).nonzero().max())
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -125,29 +140,30 @@ def _is_function(node: fx.Node, module: fx.GraphModule) -> bool:
     return is_plain(called, types) and qconfig_of(called) is not None
 
 
-def _name_of(function: nn.Module) -> str:
+def _name_of(function: nn.Module | None) -> str:
     if isinstance(function, functional.WithNumber):
         return f"{function.op_name} {function.number:g}"
     return str(getattr(function, "op_name", type(function).__name__))
 
 
-def tabulated(match: Match, module: fx.GraphModule, input: QParams, output: QParams) -> Lookup:
-    """The table of all nodes of a match, one after the other."""
-    functions: list[Callable[[Tensor], Tensor]] = []
-    names = []
-    for node in match.nodes:
-        called = called_module(node, module)
-        assert called is not None
-        functions.append(called)
-        names.append(_name_of(called))
+def _function_of(match: Match, module: fx.GraphModule) -> Callable[[Tensor], Tensor]:
+    """All nodes of a match, one after the other."""
+    functions = [called_module(node, module) for node in match.nodes]
 
     def all_of_them(x: Tensor) -> Tensor:
         for function in functions:
+            assert function is not None
             x = function(x)
         return x
 
-    table = tabulate(all_of_them, input=input, output=output)
-    return Lookup(", ".join(names), table, input=input, output=output)
+    return all_of_them
+
+
+def tabulated(match: Match, module: fx.GraphModule, input: QParams, output: QParams) -> Lookup:
+    """The table of all nodes of a match, one after the other."""
+    names = ", ".join(_name_of(called_module(node, module)) for node in match.nodes)
+    table = tabulate(_function_of(match, module), input=input, output=output)
+    return Lookup(names, table, input=input, output=output)
 
 
 @register_pattern
@@ -180,6 +196,37 @@ class LookupPattern(Pattern):
             nodes.append(user)
             user = only_user(user)
         return Match(self, tuple(nodes), (node.args[0],), needs_codes=True)
+
+    def input_range(
+        self, match: Match, module: fx.GraphModule, low: float, high: float, output: QParams
+    ) -> tuple[float, float]:
+        x = torch.linspace(low, high, _POINTS)
+        with torch.no_grad():
+            y = _function_of(match, module)(x)
+        if not bool(torch.isfinite(y).all()):
+            return low, high
+        tolerance = _FLAT * float(output.scale)
+        left, right = _flat_length(y, tolerance), _flat_length(y.flip(0), tolerance)
+        return float(x[left]), float(x[-1 - right])
+
+    def output_qparams(
+        self, match: Match, module: fx.GraphModule, inputs: list[QParams], observed: QParams
+    ) -> QParams:
+        """A product with a positive number keeps the codes and changes the scale alone."""
+        x = inputs[0]
+        scale = x.scale.clone()
+        for node in match.nodes:
+            called = called_module(node, module)
+            if not isinstance(called, functional.WithNumber) or called.op_name not in (
+                "mul",
+                "div",
+            ):
+                return observed
+            scale = called(scale)
+        same_format = (x.quant_min, x.quant_max) == (observed.quant_min, observed.quant_max)
+        if not same_format or not _SMALLEST_SCALE <= float(scale) < math.inf:
+            return observed
+        return replace(x, scale=scale)
 
     def lower(
         self,

@@ -84,6 +84,19 @@ class Pattern:
     def prepare_qat(self, match: Match, module: fx.GraphModule, qconfig: QConfig) -> None:
         """Replaces the anchor's module by one that trains with a fake-quantized weight."""
 
+    def input_range(
+        self, match: Match, module: fx.GraphModule, low: float, high: float, output: QParams
+    ) -> tuple[float, float]:
+        """The part of [low, high], the range of its input, outside which its result hardly
+        changes."""
+        return low, high
+
+    def output_qparams(
+        self, match: Match, module: fx.GraphModule, inputs: list[QParams], observed: QParams
+    ) -> QParams:
+        """How its output is quantized; not asked after training."""
+        return observed
+
     def lower(
         self,
         match: Match,
