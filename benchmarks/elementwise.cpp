@@ -3,6 +3,8 @@
 //
 //   elementwise_benchmark [path]     one of kernels/path.h's names; the selected path if absent
 
+#include "kernels/elementwise.h"
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -12,7 +14,6 @@
 #include <string>
 #include <vector>
 
-#include "kernels/elementwise.h"
 #include "kernels/path.h"
 
 namespace k = qtoolkit::kernels;

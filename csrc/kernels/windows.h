@@ -21,7 +21,8 @@ struct Spans {
   int64_t longest() const;
 };
 
-// `count` windows on `size` elements. Throws std::invalid_argument if one lies in the padding alone.
+// `count` windows on `size` elements. Throws std::invalid_argument if one lies in the padding
+// alone.
 Spans max_pool_spans(int64_t size, int64_t count, const Window& window);
 Spans avg_pool_spans(int64_t size, int64_t count, const Window& window, bool count_include_pad);
 Spans adaptive_pool_spans(int64_t size, int64_t count);

@@ -178,7 +178,8 @@ Tensor adaptive_avg_pool2d_cpu(const Tensor& x, const Tensor& x_scale, const Ten
   const QParams x_qparams = read_qparams(op, "x_", x_scale, x_zero_point, check_codes(op, "x", x));
   const QParams y_qparams = read_qparams(op, "y_", y_scale, y_zero_point, range);
   average_into(op, y, x, kernels::adaptive_pool_spans(x.size(2), output_size[0]),
-               kernels::adaptive_pool_spans(x.size(3), output_size[1]), x_qparams, y_qparams, range);
+               kernels::adaptive_pool_spans(x.size(3), output_size[1]), x_qparams, y_qparams,
+               range);
   return y;
 }
 
