@@ -151,22 +151,21 @@ size_t Plan::instances() const {
 }
 
 std::vector<Outside> Plan::outputs(std::span<const Outside> inputs) const {
-  return known(inputs).outputs;
+  return known(inputs)->outputs;
 }
 
-Plan::Known Plan::known(std::span<const Outside> inputs) const {
+std::shared_ptr<const Plan::Known> Plan::known(std::span<const Outside> inputs) const {
   require(inputs.size() == program_.inputs.size(), "this plan takes ", program_.inputs.size(),
           " inputs, got ", inputs.size());
   batch_of(inputs);
   const Key key = key_of(kInstance, inputs, 0);
   {
     const std::scoped_lock lock(mutex_);
-    for (const Known& one : known_) {
-      if (one.key == key) return one;
+    for (const std::shared_ptr<const Known>& one : known_) {
+      if (one->key == key) return one;
     }
   }
   const std::vector<Shape> shapes = program_.shapes(inputs);
-  Known result{key, program_.outside_outputs(shapes), 1};
   // An element of a step without multiplications takes as long as some of them.
   constexpr double kOfElement = 16;
   double work = 0;
@@ -176,7 +175,8 @@ Plan::Known Plan::known(std::span<const Outside> inputs) const {
             kOfElement * static_cast<double>(out.elements());
   }
   const double most = work / static_cast<double>(work_of_thread_ * program_.values());
-  result.most_threads = static_cast<int64_t>(std::clamp(most, 1.0, 65536.0));
+  const auto result = std::make_shared<const Known>(Known{
+      key, program_.outside_outputs(shapes), static_cast<int64_t>(std::clamp(most, 1.0, 65536.0))});
   const std::scoped_lock lock(mutex_);
   known_.push_front(result);
   if (known_.size() > kMostInstances) known_.pop_back();
@@ -236,7 +236,7 @@ void Plan::run_as(const Strategy& strategy, std::span<const Outside> inputs,
   const std::shared_ptr<Instance> whole = instance(inputs, strategy.images, team_size, team);
   const std::shared_ptr<Instance> last =
       rest == strategy.images ? whole : instance(inputs, rest, team_size, team);
-  const std::vector<Outside> out = this->outputs(inputs);
+  const std::shared_ptr<const Known> known = this->known(inputs);
 
   // The pointers of one part.
   struct Pointers {
@@ -249,7 +249,8 @@ void Plan::run_as(const Strategy& strategy, std::span<const Outside> inputs,
       pointers.inputs[i] = static_cast<const uint8_t*>(data[i]) + image * image_bytes(inputs[i]);
     }
     for (size_t i = 0; i < outputs.size(); ++i) {
-      pointers.outputs[i] = static_cast<uint8_t*>(outputs[i]) + image * image_bytes(out[i]);
+      pointers.outputs[i] =
+          static_cast<uint8_t*>(outputs[i]) + image * image_bytes(known->outputs[i]);
     }
   };
   const auto pointers = [&] {
@@ -283,7 +284,7 @@ void Plan::run_as(const Strategy& strategy, std::span<const Outside> inputs,
 void Plan::run(std::span<const Outside> inputs, std::span<const void* const> data,
                std::span<void* const> outputs, int64_t threads, const Team& team) {
   if (batch_of(inputs) == 0) return;
-  threads = std::min(threads, known(inputs).most_threads);
+  threads = std::min(threads, known(inputs)->most_threads);
   run_as(strategy_for(inputs, threads), inputs, data, outputs, threads, team);
 }
 
@@ -309,7 +310,7 @@ void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& te
   constexpr int64_t kMostImages = 8;  // at a time
   const int64_t batch = batch_of(inputs);
   if (batch == 0) return;
-  threads = std::min(threads, known(inputs).most_threads);
+  threads = std::min(threads, known(inputs)->most_threads);
   std::vector<Strategy> candidates;
   if (batch < threads || batch == 1) {
     candidates.push_back({batch, true});
@@ -356,7 +357,7 @@ void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& te
 PlanReport Plan::report(std::span<const Outside> inputs, int64_t threads, const Team& team,
                         bool profile) {
   const int64_t batch = std::max<int64_t>(batch_of(inputs), 1);
-  threads = std::min(threads, known(with_images(inputs, batch)).most_threads);
+  threads = std::min(threads, known(with_images(inputs, batch))->most_threads);
   const Strategy strategy = strategy_for(with_images(inputs, batch), threads);
   const int64_t team_size = strategy.together ? threads : 1;
   const std::shared_ptr<Instance> used = instance(inputs, strategy.images, team_size, team);

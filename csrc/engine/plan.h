@@ -78,7 +78,7 @@ class Plan {
     int64_t most_threads = 1;  // more would cost more than they save
   };
 
-  Known known(std::span<const Outside> inputs) const;
+  std::shared_ptr<const Known> known(std::span<const Outside> inputs) const;
   Strategy strategy_for(std::span<const Outside> inputs, int64_t threads) const;
   std::shared_ptr<Instance> instance(std::span<const Outside> inputs, int64_t images,
                                      int64_t threads, const Team& team);
@@ -97,7 +97,7 @@ class Plan {
   mutable std::mutex mutex_;  // guards what follows
   std::map<Key, std::vector<int64_t>> tuning_;
   std::list<std::pair<Key, std::shared_ptr<Instance>>> instances_;  // the latest used first
-  mutable std::list<Known> known_;                                  // the latest first
+  mutable std::list<std::shared_ptr<const Known>> known_;           // the latest first
 };
 
 // The CPU and the instruction set of its kernels: tuning holds for it.

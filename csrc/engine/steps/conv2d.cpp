@@ -72,18 +72,11 @@ class DepthwiseTask : public Task {
 
   int64_t units() const override { return y_.shape.rows(); }
   void run(const Memory& memory, int64_t begin, int64_t end) const override {
-    const int64_t height = y_.shape.height;
-    for (int64_t row = begin; row < end;) {
-      const int64_t image = row / height;
-      const int64_t last = std::min(end, (image + 1) * height);
-      Conv2dArgs args = args_;
-      args.shape.images = 1;
-      args.x = x_.read(memory) + x_offset_ + image * x_.image_stride;
-      args.y = y_.write(memory) + image * y_.image_stride * y_.element_bytes();
-      if (residual_) args.residual = residual_->read(memory) + image * residual_->image_stride;
-      kernels::conv2d_depthwise(args, row - image * height, last - image * height);
-      row = last;
-    }
+    Conv2dArgs args = args_;
+    args.x = x_.read(memory) + x_offset_;
+    args.y = y_.write(memory);
+    if (residual_) args.residual = residual_->read(memory);
+    kernels::conv2d_depthwise(args, begin, end);
   }
 
  private:
