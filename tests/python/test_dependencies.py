@@ -59,7 +59,8 @@ PYTHON_LAYERS = [
     {""},  # the package itself
 ]
 # TorchScript cannot pass a plan to a Python function, so its module calls the operator.
-MAY_NAME_TORCH_OPS = {"ops", "_library", "nn.plan"}
+# Export reads graphs of ATen operators.
+MAY_NAME_TORCH_OPS = {"ops", "_library", "nn.plan", "export"}
 
 
 INCLUDE = re.compile(r"^\s*#\s*include\s*(\S+)", re.MULTILINE)

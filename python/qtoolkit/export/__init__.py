@@ -1,6 +1,18 @@
 """Files for the runtimes that a quantized model is deployed to."""
 
-from qtoolkit.export.report import ExportReport
+from qtoolkit.export.errors import MissingPackageError, UnsupportedError, VerificationError
+from qtoolkit.export.registry import TargetInfo, targets
+from qtoolkit.export.report import ExportReport, LayersReport, OutputReport
 from qtoolkit.export.torchscript import torchscript
 
-__all__ = ["ExportReport", "torchscript"]
+__all__ = [
+    "ExportReport",
+    "LayersReport",
+    "MissingPackageError",
+    "OutputReport",
+    "TargetInfo",
+    "UnsupportedError",
+    "VerificationError",
+    "targets",
+    "torchscript",
+]

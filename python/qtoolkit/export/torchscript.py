@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 import warnings as python_warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.export.program import tensors_of
+from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
-from qtoolkit.graph.prepare import is_observer
-from qtoolkit.graph.report import get_report
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
-
-
-def _difference(a: Any, b: Any) -> float:
-    """Largest absolute difference; infinite where structure or shapes differ."""
-    first, second = _tensors(a), _tensors(b)
-    if len(first) != len(second) or any(x.shape != y.shape for x, y in zip(first, second)):
-        return float("inf")
-    differences = [
-        (x.double() - y.double()).abs().nan_to_num(nan=0.0).max().item()
-        for x, y in zip(first, second)
-        if x.numel() and not torch.equal(x, y)
-    ]
-    return max(differences, default=0.0)
+from qtoolkit.export.verify import Runner
 
 
 def _script(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, list[str]]:
@@ -55,6 +33,42 @@ def _script(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, lis
     ]
 
 
+class _Loaded:
+    version = f"TorchScript of PyTorch {torch.__version__}"
+
+    def __init__(self, path: Path, example_inputs: tuple[Any, ...]) -> None:
+        self.module = torch.jit.load(path)
+        self.example_inputs = example_inputs
+
+    def run(
+        self, inputs: list[Tensor], names: Sequence[str]
+    ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
+        # The tensors are those of the example inputs, which may hold other values as well.
+        with torch.no_grad():
+            return tensors_of(self.module(*copy.deepcopy(self.example_inputs))), {}
+
+
+@register_target("torchscript")
+class TorchScriptTarget(Target):
+    """See ``torchscript``."""
+
+    suffix = ".pt"
+    exact = True
+
+    def __init__(self) -> None:
+        self.example_inputs: tuple[Any, ...] = ()
+
+    def write(self, job: Job, path: Path) -> list[str]:
+        self.example_inputs = job.example_inputs
+        with torch.no_grad():
+            scripted, warnings = _script(job.model, job.example_inputs)
+        torch.jit.save(scripted, path)
+        return warnings + job.float_layers()
+
+    def load(self, path: Path) -> Runner:
+        return _Loaded(path, self.example_inputs)
+
+
 def torchscript(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -62,13 +76,14 @@ def torchscript(
     *,
     verify: bool = True,
 ) -> ExportReport:
-    """Writes a converted model as a TorchScript file.
+    """Writes a converted or compiled model as a TorchScript file.
 
     The file holds every weight once, as codes. To load it a program needs the operators: ``import
     qtoolkit`` in Python, ``libqtoolkit_ops.so`` (and LibTorch alone) in C++.
 
     Args:
-        model: the result of ``qt.convert`` (any scriptable module works); it is not changed.
+        model: the result of ``qt.convert`` or ``qt.compile`` (any scriptable module works); one
+            that is only prepared is converted first. It is not changed.
         path: the file; written under another name and renamed when all went well, so that an older
             file there stays whole if something fails.
         example_inputs: what ``model.forward`` takes, as a tuple.
@@ -76,56 +91,9 @@ def torchscript(
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
-        ValueError: the model is prepared, not converted, or simulates a format in float.
+        ValueError: the model simulates a format in float, or cannot be converted.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
-        RuntimeError: the loaded file computes something else; nothing is left at ``path``.
+        VerificationError: the loaded file computes something else; nothing is left at ``path``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"torchscript needs a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, tuple | list) or not example_inputs:
-        raise TypeError(
-            "example_inputs must be a non-empty tuple of what the model's forward takes; got "
-            f"{type(example_inputs).__name__}"
-        )
-    if any(is_observer(module) for module in model.modules()):
-        report = get_report(model)
-        if report is not None and report.converted:
-            raise ValueError(
-                "this model simulates formats that have no integer kernel (see qt.explain), which "
-                "TorchScript cannot hold: prepare it with integer formats of up to 8 bits"
-            )
-        raise ValueError("this model is prepared, not quantized: export the result of qt.convert")
-    target = Path(os.path.realpath(path))  # a link's target is replaced, not the link
-    if not os.fspath(path) or target.is_dir():
-        raise IsADirectoryError(f"cannot write {os.fspath(path)!r}: the path must name a file")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
-    example_inputs = tuple(example_inputs)
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        expected = model(*copy.deepcopy(example_inputs))
-    scripted, warnings = _script(model, example_inputs)
-
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    difference = None
-    try:
-        torch.jit.save(scripted, temporary)
-        if verify:
-            loaded = torch.jit.load(temporary)
-            with torch.no_grad():
-                difference = _difference(expected, loaded(*copy.deepcopy(example_inputs)))
-            if difference != 0.0:
-                raise RuntimeError(
-                    f"the TorchScript of this model differs from it by up to {difference:g} on the "
-                    "example inputs; nothing was written"
-                )
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ExportReport(target, target.stat().st_size, verify, difference, warnings)
+    return run_export(TorchScriptTarget(), model, path, example_inputs, verify=verify)

@@ -109,6 +109,8 @@ class QuantizedModule(nn.Module):
     source = ""
     #: Name of the node in the captured float graph that has the same output, for ``qt.compare``.
     float_node = ""
+    #: Whether ReLU follows its function, before the output is quantized.
+    relu = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves to another device; scales keep their dtype under ``.half()`` and the like."""
@@ -161,6 +163,20 @@ class QuantizedModule(nn.Module):
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
         """This layer as a step of a plan, for inputs of those dtypes; None if there is none."""
         return None
+
+    def prepare_float(self) -> None:
+        """Adds the buffers that ``float_forward`` needs, to a copy that is to be exported."""
+
+    def float_forward(self, *inputs: Any) -> Tensor:
+        """Its function of real numbers, for export: ``forward`` without the codes.
+
+        Takes what ``forward`` takes, dequantized, and not the residual; gives float32. ReLU, an
+        upper bound and the addition of a residual are left to the caller.
+
+        Raises:
+            NotImplementedError: it has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no float form")
 
     def kind(self) -> str:
         """What it is, for reports."""

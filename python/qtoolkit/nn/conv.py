@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qtoolkit import ops
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
-from qtoolkit.nn.weights import IntegerWeight, quantize_bias, swap_channels
+from qtoolkit.nn.weights import (
+    IntegerWeight,
+    add_bias_scale,
+    float_bias,
+    float_weight,
+    quantize_bias,
+    swap_channels,
+)
 
 
 class Conv2d(QuantizedModule):
@@ -87,6 +95,20 @@ class Conv2d(QuantizedModule):
         step.input("residual", self.residual_scale, self.residual_zero_point, dtypes[-1])
         step.output(self)
         return step
+
+    def prepare_float(self) -> None:
+        add_bias_scale(self)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(
+            x,
+            float_weight(self),
+            float_bias(self),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
 
     def formats(self) -> str:
         output = "float32" if self.output_scale is None else code_format(self.quant_min)
@@ -180,6 +202,20 @@ class Conv1d(QuantizedModule):
             self.residual_zero_point,
         ).squeeze(2)
 
+    def prepare_float(self) -> None:
+        add_bias_scale(self)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.conv1d(
+            x,
+            float_weight(self),
+            float_bias(self),
+            self.stride[1:],
+            self.padding[1:],
+            self.dilation[1:],
+            self.groups,
+        )
+
     def formats(self) -> str:
         output = "float32" if self.output_scale is None else code_format(self.quant_min)
         return f"{self.input_format} x int8 -> {output}"
@@ -254,6 +290,30 @@ class ConvTranspose2d(QuantizedModule):
             self.quant_min,
             self.quant_max,
             self.relu,
+        )
+
+    def prepare_float(self) -> None:
+        add_bias_scale(self)
+        if self.groups > 1:  # the weight's channels along one axis, as dequantize has them
+            rows = self.weight.shape[0] // self.groups
+            scale = self.weight_scale.reshape(self.groups, 1, -1, 1, 1)
+            scale = scale.expand(-1, rows, -1, -1, -1).flatten(0, 1)
+            self.register_buffer("float_scale", scale.contiguous())
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        if self.groups > 1:
+            weight = ops.qdq_dequantize(self.weight, self.float_scale, None)
+        else:
+            weight = float_weight(self, axis=1)
+        return functional.conv_transpose2d(
+            x,
+            weight,
+            float_bias(self),
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
         )
 
     def formats(self) -> str:

@@ -31,6 +31,9 @@ class Quantize(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x
+
     def formats(self) -> str:
         return f"float32 -> {code_format(self.quant_min)}"
 
@@ -52,6 +55,9 @@ class Dequantize(QuantizedModule):
         step = PlanStep("dequantize", contiguous=False)
         step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
         return step
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x
 
     def formats(self) -> str:
         return f"{self.input_format} -> float32"
@@ -99,6 +105,9 @@ class Add(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
     def formats(self) -> str:
         return f"8-bit + 8-bit -> {code_format(self.quant_min)}"
 
@@ -145,6 +154,9 @@ class Mul(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
     def formats(self) -> str:
         return f"8-bit x 8-bit -> {code_format(self.quant_min)}"
 
@@ -184,6 +196,9 @@ class Cat(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, xs: list[Tensor]) -> Tensor:
+        return torch.cat(xs, self.dim)
+
     def formats(self) -> str:
         return f"{len(self.input_scales)} x 8-bit -> {code_format(self.quant_min)}"
 
@@ -192,6 +207,7 @@ class ReLU(QuantizedModule):
     """ReLU (clipped at ``upper`` where given) with a change of scale."""
 
     kernel = "requantize"
+    relu = True
 
     def __init__(self, input: QParams, *, output: QParams, upper: float | None = None) -> None:
         super().__init__()
@@ -215,6 +231,9 @@ class ReLU(QuantizedModule):
         step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
         step.output(self)
         return step
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
@@ -267,6 +286,9 @@ class BatchNorm2d(QuantizedModule):
         step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
         step.output(self)
         return step
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.reshape(-1, 1, 1) + self.bias.reshape(-1, 1, 1)
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"

@@ -170,7 +170,7 @@ class WithNumber(nn.Module):
 
     def __init__(self, operation: str, number: float, *, reverse: bool = False) -> None:
         super().__init__()
-        self.op_name = operation
+        self.op_name = self.operation = operation
         self.number = number
         self.reverse = reverse
 

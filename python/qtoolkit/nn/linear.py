@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qtoolkit import ops
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 from qtoolkit.nn.kernels import weight_without_kernel
-from qtoolkit.nn.weights import IntegerWeight, quantize_bias, quantize_weight
+from qtoolkit.nn.weights import (
+    IntegerWeight,
+    add_bias_scale,
+    float_bias,
+    float_weight,
+    quantize_bias,
+    quantize_weight,
+)
 from qtoolkit.qconfig import TensorSpec
 
 
@@ -64,6 +72,12 @@ class Linear(QuantizedModule):
         step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
         step.output(self)
         return step
+
+    def prepare_float(self) -> None:
+        add_bias_scale(self)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, float_weight(self), float_bias(self))
 
     def formats(self) -> str:
         output = "float32" if self.output_scale is None else code_format(self.quant_min)
@@ -150,6 +164,16 @@ class DynamicLinear(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_dynamic(x, self.weight, self.weight_scale, self.bias, self.activation)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        y = functional.linear(x, float_weight(self), self.bias)
+        if self.activation == "relu":
+            return functional.relu(y)
+        if self.activation == "silu":
+            return functional.silu(y)
+        if self.activation == "none":
+            return y
+        return functional.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
     @property
     def in_features(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtoolkit import ops
+from qtoolkit.nn import functional as own
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
 
 
@@ -18,14 +21,25 @@ class Lookup(QuantizedModule):
 
     Attributes:
         function: its name, for reports.
+        functions: what the table was made of, for export: float layers one after the other, each as
+            the name of its class (of ``torch.nn`` or ``qtoolkit.nn.functional``) and its arguments.
     """
 
     kernel = "lookup"
 
-    def __init__(self, function: str, table: Tensor, *, input: QParams, output: QParams) -> None:
+    def __init__(
+        self,
+        function: str,
+        table: Tensor,
+        *,
+        input: QParams,
+        output: QParams,
+        functions: list[tuple[str, dict[str, Any]]] | None = None,
+    ) -> None:
         """See ``tabulate`` for the table."""
         super().__init__()
         self.function = function
+        self.functions = functions or []
         self.register_buffer("table", table)
         self._register_qparams("input", input)
         self._register_output(output)
@@ -46,11 +60,29 @@ class Lookup(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        if not self.functions:
+            raise NotImplementedError(f"a table of {self.function} has no float form")
+        for name, arguments in self.functions:
+            kind = getattr(own, name, None) or getattr(nn, name)
+            x = kind(**arguments)(x)
+        return x
+
     def kind(self) -> str:
         return f"Lookup({self.function})"
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
+
+
+def describe_function(function: nn.Module) -> tuple[str, dict[str, Any]]:
+    """A float layer without tensors as the name of its class and its arguments."""
+    parameters = inspect.signature(type(function)).parameters
+    return type(function).__name__, {
+        name: getattr(function, name)
+        for name in parameters
+        if name != "inplace" and isinstance(getattr(function, name, None), int | float | str)
+    }
 
 
 def tabulate(function: Callable[[Tensor], Tensor], *, input: QParams, output: QParams) -> Tensor:

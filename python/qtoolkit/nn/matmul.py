@@ -38,6 +38,9 @@ class Matmul(QuantizedModule):
             self.quant_max,
         )
 
+    def float_forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
     def formats(self) -> str:
         output = "float32" if self.output_scale is None else code_format(self.quant_min)
         return f"{' x '.join(self.input_formats)} -> {output}"

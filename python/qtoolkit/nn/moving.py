@@ -12,12 +12,14 @@ from qtoolkit import ops
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule
 
 
-class _MovingModule(QuantizedModule):
+class MovingModule(QuantizedModule):
+    """Its output's codes are its input's, at other places."""
+
     def formats(self) -> str:
         return "8-bit"
 
 
-class Pad(_MovingModule):
+class Pad(MovingModule):
     """Padding with real 0, or with the input's own values; see ``qtoolkit.ops.pad``.
 
     Args:
@@ -39,6 +41,9 @@ class Pad(_MovingModule):
             x, self.input_scale, self.input_zero_point, self.pad if pad is None else pad, self.mode
         )
 
+    def float_forward(self, x: Tensor, pad: list[int] | None = None) -> Tensor:
+        return functional.pad(x, self.pad if pad is None else pad, self.mode)
+
     def plan_step_of_call(self, dtypes: list[torch.dtype], numbers: list[Any]) -> PlanStep | None:
         pad = [*(numbers or self.pad), 0, 0][:4]
         if len(numbers or self.pad) > 4 or not all(isinstance(side, int) for side in pad):
@@ -47,7 +52,7 @@ class Pad(_MovingModule):
         return PlanStep("pad", pad=pad, mode=modes.index(self.mode))
 
 
-class UpsampleNearest2d(_MovingModule):
+class UpsampleNearest2d(MovingModule):
     """Nearest upsampling by factors, or to a size given at the call.
 
     Args:
@@ -72,6 +77,14 @@ class UpsampleNearest2d(_MovingModule):
             return ops.upsample_nearest2d(x, None, self.scale_factors, self.exact)
         return ops.upsample_nearest2d(x, size, None, self.exact)
 
+    def float_forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
+        mode = "nearest-exact" if self.exact else "nearest"
+        if size is not None:
+            return functional.interpolate(x, size, mode=mode)
+        return functional.interpolate(
+            x, None, self.scale_factors, mode, recompute_scale_factor=self.recompute or None
+        )
+
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
         factors = exact_factors(self.scale_factors)
         if factors is None:
@@ -92,7 +105,7 @@ def exact_factors(factors: list[float]) -> Tensor | None:
     return result if result.tolist() == factors else None
 
 
-class ChannelShuffle(_MovingModule):
+class ChannelShuffle(MovingModule):
     """``torch.nn.ChannelShuffle`` of codes."""
 
     kernel = "shuffle_codes"
@@ -106,11 +119,14 @@ class ChannelShuffle(_MovingModule):
             return functional.channel_shuffle(x, self.groups)
         return ops.channel_shuffle(x, self.groups)
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.channel_shuffle(x, self.groups)
+
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
         return PlanStep("channel_shuffle", groups=self.groups)
 
 
-class PixelShuffle(_MovingModule):
+class PixelShuffle(MovingModule):
     """``torch.nn.PixelShuffle`` of codes."""
 
     kernel = "shuffle_codes"
@@ -124,11 +140,14 @@ class PixelShuffle(_MovingModule):
             return functional.pixel_shuffle(x, self.factor)
         return ops.pixel_shuffle(x, self.factor)
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.pixel_shuffle(x, self.factor)
+
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
         return PlanStep("pixel_shuffle", factor=self.factor)
 
 
-class PixelUnshuffle(_MovingModule):
+class PixelUnshuffle(MovingModule):
     """``torch.nn.PixelUnshuffle`` of codes."""
 
     kernel = "shuffle_codes"
@@ -141,6 +160,9 @@ class PixelUnshuffle(_MovingModule):
         if x.dim() != 4:
             return functional.pixel_unshuffle(x, self.factor)
         return ops.pixel_unshuffle(x, self.factor)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.pixel_unshuffle(x, self.factor)
 
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
         return PlanStep("pixel_unshuffle", factor=self.factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from qtoolkit import ops
 from qtoolkit.nn.base import QParams, QuantizedModule, code_format
@@ -30,6 +31,9 @@ class Softmax(QuantizedModule):
             self.quant_min,
             self.quant_max,
         )
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.softmax(x, self.dim)
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
@@ -75,6 +79,9 @@ class LayerNorm(QuantizedModule):
             self.quant_min,
             self.quant_max,
         )
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qtoolkit import ops
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
@@ -42,6 +43,11 @@ class MaxPool2d(QuantizedModule):
             padding=self.padding,
             dilation=self.dilation,
             ceil_mode=self.ceil_mode,
+        )
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.max_pool2d(
+            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
 
     def formats(self) -> str:
@@ -107,6 +113,17 @@ class AvgPool2d(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.avg_pool2d(
+            x,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
 
@@ -141,6 +158,9 @@ class AdaptiveAvgPool2d(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(x, self.output_size)  # type: ignore[arg-type]
+
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
 
@@ -164,6 +184,9 @@ class GlobalAvgPool2d(AdaptiveAvgPool2d):
             self.quant_max,
         )
         return y if self.keepdim else y.flatten(1)
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x.mean([2, 3], self.keepdim)
 
 
 class Mean(QuantizedModule):
@@ -199,6 +222,9 @@ class Mean(QuantizedModule):
         step.output(self)
         return step
 
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dims, self.keepdim)
+
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
 
@@ -218,6 +244,9 @@ class Sum(Mean):
             self.quant_min,
             self.quant_max,
         )
+
+    def float_forward(self, x: Tensor) -> Tensor:
+        return x.sum(self.dims, self.keepdim)
 
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qtoolkit import ops
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
@@ -65,6 +66,16 @@ class UpsampleBilinear2d(QuantizedModule):
         step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
         step.output(self)
         return step
+
+    def float_forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
+        return functional.interpolate(
+            x,
+            size,
+            self.scale_factors if size is None else None,
+            "bilinear",
+            self.align_corners,
+            (self.recompute or None) if size is None else None,
+        )
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"

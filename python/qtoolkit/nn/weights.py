@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qtoolkit import ops
 from qtoolkit.fake_quantize import make_fake_quantize
 from qtoolkit.qconfig import TensorSpec
 
@@ -113,3 +114,21 @@ def quantize_bias(
         ratio = (weight.scale.double() / scale.double()).reshape(shape)
         weight = IntegerWeight(torch.round(weight.codes.double() * ratio).to(torch.int8), scale)
     return weight, torch.round(bias / (x * weight.scale.double())).to(torch.int32)
+
+
+def add_bias_scale(module: nn.Module) -> None:
+    """Adds buffer ``bias_scale``, the scale of a layer's int32 bias, one for each channel."""
+    scale = module.input_scale.double() * module.weight_scale.double()  # type: ignore[operator]
+    module.register_buffer("bias_scale", scale.reshape(-1).float())
+
+
+def float_bias(module: nn.Module) -> Tensor | None:
+    """A layer's int32 bias as dequantized float32; None without. Needs ``add_bias_scale``."""
+    if module.bias is None:
+        return None
+    return ops.qdq_dequantize(module.bias, module.bias_scale, None, 0)  # type: ignore[arg-type]
+
+
+def float_weight(module: nn.Module, axis: int = 0) -> Tensor:
+    """A layer's int8 weight as dequantized float32, channels along ``axis``."""
+    return ops.qdq_dequantize(module.weight, module.weight_scale, None, axis)  # type: ignore

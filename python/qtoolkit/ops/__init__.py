@@ -51,6 +51,7 @@ from qtoolkit.ops.low_bit import (
 )
 from qtoolkit.ops.normalization import layer_norm, softmax
 from qtoolkit.ops.plan import make_plan, run_plan
+from qtoolkit.ops.qdq import qdq_dequantize, qdq_quantize
 from qtoolkit.ops.shapes import (
     channel_shuffle,
     mean,
@@ -108,6 +109,8 @@ __all__ = [
     "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "qdq_dequantize",
+    "qdq_quantize",
     "quantize_per_channel",
     "quantize_per_tensor",
     "requantize",

@@ -21,7 +21,7 @@ from qtoolkit.graph.plain import is_plain
 from qtoolkit.graph.shapes import bind, float_shape
 from qtoolkit.nn import functional
 from qtoolkit.nn.base import QParams
-from qtoolkit.nn.lookup import Lookup, tabulate
+from qtoolkit.nn.lookup import Lookup, describe_function, tabulate
 from qtoolkit.qconfig import QConfig
 
 # A function or method, and the module whose parameters follow its first argument.
@@ -161,9 +161,11 @@ def _function_of(match: Match, module: fx.GraphModule) -> Callable[[Tensor], Ten
 
 def tabulated(match: Match, module: fx.GraphModule, input: QParams, output: QParams) -> Lookup:
     """The table of all nodes of a match, one after the other."""
-    names = ", ".join(_name_of(called_module(node, module)) for node in match.nodes)
+    layers = [called_module(node, module) for node in match.nodes]
+    names = ", ".join(_name_of(layer) for layer in layers)
     table = tabulate(_function_of(match, module), input=input, output=output)
-    return Lookup(names, table, input=input, output=output)
+    functions = [describe_function(layer) for layer in layers if layer is not None]
+    return Lookup(names, table, input=input, output=output, functions=functions)
 
 
 @register_pattern

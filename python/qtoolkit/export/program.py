@@ -1,0 +1,191 @@
+"""The graph that files for other runtimes are written from."""
+
+from __future__ import annotations
+
+import copy
+import warnings as python_warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from qtoolkit.graph.qdq import to_qdq
+
+QUANTIZE = torch.ops.qtoolkit_export.quantize.default
+DEQUANTIZE = torch.ops.qtoolkit_export.dequantize.default
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a model's inputs or outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return []
+
+
+def _grown(value: Any, batch: int) -> Any:
+    """The value with every tensor of that batch twice: ``torch.export`` takes a 1 for a fixed
+    size."""
+    if isinstance(value, Tensor):
+        fits = value.dim() > 0 and value.shape[0] == batch
+        return torch.cat([value, value]) if fits else value
+    if isinstance(value, tuple | list):
+        return type(value)(_grown(item, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _grown(item, batch) for key, item in value.items()}
+    return value
+
+
+def _dynamic(value: Any, batch: int, dim: Any) -> Any:
+    """The dynamic shapes of a value whose tensors of that batch have the dimension ``dim``."""
+    if isinstance(value, Tensor):
+        return {0: dim} if value.dim() > 0 and value.shape[0] == batch else None
+    if isinstance(value, tuple | list):
+        return type(value)(_dynamic(item, batch, dim) for item in value)
+    if isinstance(value, dict):
+        return {key: _dynamic(item, batch, dim) for key, item in value.items()}
+    return None
+
+
+def trace(
+    model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_batch: bool
+) -> tuple[ExportedProgram, str | None]:
+    """The program of a model, by ``torch.export``.
+
+    With a dynamic batch the first dimension of all inputs that have that of the first one is free.
+    Where the model cannot have one it is fixed.
+
+    Returns:
+        The program, and why its batch is fixed though a dynamic one was asked for, else None.
+    """
+    first = next((t for t in tensors_of(example_inputs) if t.dim() > 0), None)
+    reason = None
+    with torch.no_grad(), python_warnings.catch_warnings():
+        python_warnings.simplefilter("ignore")
+        if dynamic_batch and first is not None:
+            batch = first.shape[0]
+            inputs = _grown(example_inputs, batch) if batch == 1 else example_inputs
+            dim = torch.export.Dim("batch", min=1)
+            shapes = _dynamic(inputs, 2 if batch == 1 else batch, dim)
+            try:
+                return torch.export.export(model, inputs, dynamic_shapes=shapes), None
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+        return torch.export.export(model, example_inputs), reason
+
+
+class _Run(fx.Interpreter):
+    """Runs the graph; may be given the codes that a runtime computed, which it goes on with."""
+
+    def __init__(self, program: QdqProgram, given: Mapping[str, Tensor] | None) -> None:
+        super().__init__(program.exported.graph_module)
+        self.given = given or {}
+        self.codes: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is QUANTIZE:
+            name = str(n.args[-1])
+            self.codes[name] = result
+            return self.given.get(name, result)
+        return result
+
+
+@dataclass
+class QdqProgram:
+    """A converted model in QDQ form, as one graph of ATen operators.
+
+    Beside them the graph holds ``qtoolkit_export.quantize`` and ``.dequantize``; see ``ops.qdq``.
+
+    Attributes:
+        exported: the program; its graph has a placeholder for each constant.
+        constants: the value of each placeholder that is no input, by the node's name.
+        inputs: names of the input nodes.
+        outputs: the output nodes, in the order of ``tensors_of``.
+        example_inputs: the tensors that the model was traced with, in the order of ``inputs``.
+        fixed_batch: why its batch is that of the example inputs; None where the batch is dynamic or
+            was not to be.
+    """
+
+    exported: ExportedProgram
+    constants: dict[str, Tensor]
+    inputs: list[str]
+    outputs: list[fx.Node]
+    example_inputs: list[Tensor]
+    fixed_batch: str | None = None
+    _arguments: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def trace(
+        cls, model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_batch: bool = True
+    ) -> QdqProgram:
+        """The program of a converted model, which is not changed.
+
+        Raises:
+            ValueError: see ``graph.qdq.to_qdq``.
+        """
+        example_inputs = copy.deepcopy(example_inputs)
+        exported, reason = trace(to_qdq(model), example_inputs, dynamic_batch=dynamic_batch)
+        constants, inputs = {}, []
+        values = {**exported.state_dict, **exported.constants}
+        for spec in exported.graph_signature.input_specs:
+            name = getattr(spec.arg, "name", "")
+            if spec.kind == InputKind.USER_INPUT:
+                inputs.append(name)
+            elif spec.target in values and isinstance(values[spec.target], Tensor):
+                constants[name] = values[spec.target].detach()
+        nodes = {node.name: node for node in exported.graph.nodes}
+        outputs = [
+            nodes[spec.arg.name]
+            for spec in exported.graph_signature.output_specs
+            if hasattr(spec.arg, "name")
+        ]
+        # Inputs that are no tensors are constants of the graph; their placeholders are unused.
+        tensor_inputs = [name for name in inputs if isinstance(nodes[name].meta["val"], Tensor)]
+        return cls(
+            exported, constants, tensor_inputs, outputs, tensors_of(example_inputs), reason, inputs
+        )
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of ATen operators."""
+        return self.exported.graph
+
+    def run(
+        self, inputs: list[Tensor], given: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Computes the program in PyTorch.
+
+        Args:
+            inputs: as ``example_inputs``.
+            given: codes by name that a runtime computed. Each value is still computed from what
+                comes before it, but what follows continues from the given codes, so that every
+                layer is seen alone.
+
+        Returns:
+            The outputs, and the codes of every quantized value by name.
+        """
+        values = dict(zip(self.inputs, inputs))
+        run = _Run(self, given)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        arguments = [
+            values[n.name] if n.name in values else self.constants.get(n.name) for n in placeholders
+        ]
+        with torch.no_grad():
+            outputs = run.run(*arguments)
+        return tensors_of(outputs), run.codes
+
+    def names(self) -> list[str]:
+        """The names of the quantized values in the order of the graph."""
+        return [str(n.args[-1]) for n in self.graph.nodes if n.target is QUANTIZE]
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The value of a node that is a constant, else None."""
+        return self.constants.get(node.name) if isinstance(node, fx.Node) else None

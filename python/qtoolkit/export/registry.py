@@ -1,0 +1,271 @@
+"""Export targets: what each is, and the way that all of them go."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qtoolkit.export.errors import MissingPackageError
+from qtoolkit.export.files import staged
+from qtoolkit.export.program import QdqProgram, tensors_of
+from qtoolkit.export.report import ExportReport
+from qtoolkit.export.verify import Runner, verify_file
+from qtoolkit.graph.prepare import is_observer
+from qtoolkit.graph.report import get_report
+from qtoolkit.workflow import convert
+
+
+@dataclass
+class Job:
+    """A model on its way into a file.
+
+    Attributes:
+        model: a copy of the converted model, in eval mode on the CPU.
+        example_inputs: the arguments of its ``forward``.
+        dynamic_batch: whether the file shall take other batch sizes.
+    """
+
+    model: nn.Module
+    example_inputs: tuple[Any, ...]
+    dynamic_batch: bool
+
+    @cached_property
+    def program(self) -> QdqProgram:
+        """The model in QDQ form.
+
+        Raises:
+            ValueError: it has none, see ``graph.qdq.to_qdq``.
+        """
+        return QdqProgram.trace(self.model, self.example_inputs, dynamic_batch=self.dynamic_batch)
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """The model's outputs on the example inputs."""
+        with torch.no_grad():
+            return tensors_of(self.model(*copy.deepcopy(self.example_inputs)))
+
+    def float_layers(self) -> list[str]:
+        """A warning for the layers that stayed in float, by reason."""
+        report = get_report(self.model)
+        layers = [] if report is None else report.floats + report.uncaptured
+        reasons: dict[str, list[str]] = {}
+        for layer in layers:
+            reasons.setdefault(layer.reason, []).append(layer.name)
+        return [
+            f"in float ({reason}): {', '.join(names[:5])}"
+            + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            for reason, names in reasons.items()
+        ]
+
+
+class Target:
+    """One runtime's file format. An instance holds the options of one export.
+
+    A subclass registers with ``@register_target("name")``.
+    """
+
+    #: Set by ``register_target``.
+    name: ClassVar[str] = ""
+    #: Of its file.
+    suffix: ClassVar[str] = ""
+    #: Packages that writing needs, and the name of the extra that brings them; pip's names.
+    packages: ClassVar[Sequence[str]] = ()
+    #: Packages that verifying needs beside them.
+    runtime: ClassVar[Sequence[str]] = ()
+    extra: ClassVar[str] = ""
+    #: Whether the file must give the model's bits.
+    exact: ClassVar[bool] = False
+
+    def check(self, job: Job) -> None:
+        """Raises UnsupportedError, naming operator and module, if the target cannot hold the
+        model."""
+
+    def write(self, job: Job, path: Path) -> list[str]:
+        """Writes the file, and others beside it if it has some; gives warnings."""
+        raise NotImplementedError
+
+    def load(self, path: Path) -> Runner:
+        """Loads the file in its runtime."""
+        raise NotImplementedError
+
+
+class _Maker(Protocol):
+    def __call__(self) -> Target: ...
+
+
+_TARGETS: dict[str, type[Target]] = {}
+_T = TypeVar("_T", bound=type[Target])
+
+
+def register_target(name: str) -> Any:
+    """Class decorator that adds a target under a name."""
+
+    def register(cls: _T) -> _T:
+        cls.name = name
+        _TARGETS[name] = cls
+        return cls
+
+    return register
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What a target needs.
+
+    Attributes:
+        name: of the target and of its function in ``qtoolkit.export``.
+        suffix: of its file.
+        packages: packages it needs to write and to verify, with the installed versions; None for
+            one that is absent.
+        install: the command that installs what is absent; "" if nothing is.
+    """
+
+    name: str
+    suffix: str
+    packages: Mapping[str, str | None]
+    install: str
+
+    @property
+    def available(self) -> bool:
+        """Whether all packages are installed."""
+        return None not in self.packages.values()
+
+
+def targets() -> dict[str, TargetInfo]:
+    """All targets by name, with what each needs installed."""
+    result = {}
+    for name, cls in _TARGETS.items():
+        packages = {p: _version(p) for p in (*cls.packages, *cls.runtime)}
+        missing = None in packages.values()
+        install = f"pip install 'qtoolkit[{cls.extra}]'" if missing else ""
+        result[name] = TargetInfo(name, cls.suffix, packages, install)
+    return result
+
+
+def _require(target: Target, packages: Sequence[str], purpose: str) -> None:
+    missing = [package for package in packages if _version(package) is None]
+    if missing:
+        raise MissingPackageError(
+            f"{purpose} needs {', '.join(missing)}, not installed: pip install "
+            f"'qtoolkit[{target.extra}]' (or pip install {' '.join(missing)})"
+        )
+
+
+def _inputs(example_inputs: Any, target: str) -> tuple[Any, ...]:
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, tuple | list) or not example_inputs:
+        raise TypeError(
+            f"export.{target}: example_inputs must be a non-empty tuple of what the model's "
+            f"forward takes; got {type(example_inputs).__name__}"
+        )
+    return copy.deepcopy(tuple(example_inputs))
+
+
+def _converted(model: Any, target: str) -> nn.Module:
+    """A copy of the model in eval mode on the CPU, converted if it is only prepared."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export.{target} needs a torch.nn.Module, got {type(model).__name__}")
+    report = get_report(model)
+    if report is not None and not report.converted:
+        return convert(model).eval().cpu()
+    if any(is_observer(module) for module in model.modules()):
+        raise ValueError(
+            f"export.{target}: this model simulates formats that have no integer kernel (see "
+            "qt.explain), which a file cannot hold: prepare it with integer formats of up to 8 bits"
+        )
+    return copy.deepcopy(model).eval().cpu()
+
+
+def _latency(runner: Runner, inputs: list[Tensor]) -> float:
+    """Median milliseconds of a run: of up to 20, or of what fits in half a second."""
+    times: list[float] = []
+    while len(times) < 20 and sum(times) < 500:
+        start = time.perf_counter()
+        runner.run(inputs, ())
+        times.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times)
+
+
+def run_export(
+    target: Target,
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    verify: bool = True,
+    dynamic_batch: bool = True,
+    min_sqnr: float = 10.0,
+) -> ExportReport:
+    """Checks, writes, verifies and moves a file to its place; the part that all targets share.
+
+    Args:
+        target: with the options of this export.
+        model: the result of ``qt.convert``, or of ``qt.prepare`` or ``qt.prepare_qat``, which is
+            converted first; it is not changed.
+        path: the file; written under another name and renamed when all went well, so that an older
+            file stays whole if something fails.
+        example_inputs: what ``model.forward`` takes, as a tuple.
+        verify: load the file in its runtime, run it on the example inputs and compare.
+        dynamic_batch: let the file take other batch sizes, where the target can.
+        min_sqnr: dB that each output must reach beside the model's. Deep networks of random weights
+            amplify single roundings; so layers are compared one by one as well, each from the
+            runtime's own inputs.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
+        UnsupportedError: the target cannot hold the model; nothing was written.
+        ValueError: the model has no QDQ form, see ``graph.qdq.to_qdq``.
+        MissingPackageError: a package is absent; the message gives the command.
+        IsADirectoryError: ``path`` names a folder, or is empty.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the file cannot be written.
+        VerificationError: the file computes something else; nothing is left at ``path``.
+    """
+    _require(target, target.packages, f"export.{target.name}")
+    if verify:
+        _require(target, target.runtime, f"verifying a file of export.{target.name}")
+    inputs = _inputs(example_inputs, target.name)
+    job = Job(_converted(model, target.name), inputs, dynamic_batch)
+    with staged(path) as temporary:
+        target.check(job)
+        warnings = target.write(job, temporary)
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+        verified = None
+        if verify:
+            runner = target.load(temporary)
+            verified = verify_file(target.name, runner, job, min_sqnr, exact=target.exact)
+            latency = _latency(runner, tensors_of(job.example_inputs))
+    final = Path(os.path.realpath(path))
+    if verified is None:
+        return ExportReport(final, size, False, None, warnings, target.name)
+    return ExportReport(
+        final,
+        size,
+        True,
+        max((o.max_difference for o in verified.outputs), default=0.0),
+        warnings,
+        target.name,
+        runner.version,
+        verified.outputs,
+        verified.layers,
+        latency,
+    )
