@@ -189,7 +189,7 @@ class _Lowering:
         lowered.source = note.source
         lowered.float_node = note.float_node
         if keep_bound:
-            lowered.relu = False  # type: ignore[assignment]
+            lowered.relu = False
             lowered.float_node = ""
             self._add_float_layer(
                 self.prefix + self._name_of(last), self._kind_of(last), "it clips a float output"
