@@ -176,6 +176,20 @@ def test_targets_say_what_they_need():
     )
 
 
+def test_an_exported_file_is_evaluated_in_its_runtime(model, x, tmp_path):
+    quantized = converted(model, x)
+    path = qt.export.torchscript(quantized, tmp_path / "m.pt", (x,)).path
+    loaded = qt.export.load("torchscript", path)
+    with torch.no_grad():
+        labels = quantized(x).argmax(1)
+    assert qt.evaluate(loaded, [(x, labels)], progress=False) == 1.0
+    assert "TorchScript" in loaded.version
+    with pytest.raises(ValueError, match="unknown target 'onyx': use one of torchscript"):
+        qt.export.load("onyx", path)
+    with pytest.raises(FileNotFoundError, match=r"no file .*n\.pt"):
+        qt.export.load("torchscript", tmp_path / "n.pt")
+
+
 class _Broken(registry.Target):
     """A file whose runtime adds to one layer."""
 

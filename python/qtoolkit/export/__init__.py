@@ -1,18 +1,20 @@
 """Files for the runtimes that a quantized model is deployed to."""
 
 from qtoolkit.export.errors import MissingPackageError, UnsupportedError, VerificationError
-from qtoolkit.export.registry import TargetInfo, targets
+from qtoolkit.export.registry import LoadedModel, TargetInfo, load, targets
 from qtoolkit.export.report import ExportReport, LayersReport, OutputReport
 from qtoolkit.export.torchscript import torchscript
 
 __all__ = [
     "ExportReport",
     "LayersReport",
+    "LoadedModel",
     "MissingPackageError",
     "OutputReport",
     "TargetInfo",
     "UnsupportedError",
     "VerificationError",
+    "load",
     "targets",
     "torchscript",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings as python_warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,17 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in tensors_of(item)]
     return []
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The value with its tensors, in the order of ``tensors_of``, replaced by others."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple | list):
+        return type(value)(with_tensors(item, tensors) for item in value)
+    if isinstance(value, dict):
+        return {key: with_tensors(item, tensors) for key, item in value.items()}
+    return value
 
 
 def _grown(value: Any, batch: int) -> Any:

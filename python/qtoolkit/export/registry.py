@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Job:
 class Target:
     """One runtime's file format. An instance holds the options of one export.
 
-    A subclass registers with ``@register_target("name")``.
+    A subclass registers with ``@register_target("name")``, and can be made without arguments.
     """
 
     #: Set by ``register_target``.
@@ -84,6 +84,8 @@ class Target:
     #: Packages that verifying needs beside them.
     runtime: ClassVar[Sequence[str]] = ()
     extra: ClassVar[str] = ""
+    #: The target of ``get_default_qconfig_mapping`` that suits it.
+    preset: ClassVar[str] = "x86"
     #: Whether the file must give the model's bits.
     exact: ClassVar[bool] = False
 
@@ -98,10 +100,6 @@ class Target:
     def load(self, path: Path) -> Runner:
         """Loads the file in its runtime."""
         raise NotImplementedError
-
-
-class _Maker(Protocol):
-    def __call__(self) -> Target: ...
 
 
 _TARGETS: dict[str, type[Target]] = {}
@@ -133,6 +131,7 @@ class TargetInfo:
     Attributes:
         name: of the target and of its function in ``qtoolkit.export``.
         suffix: of its file.
+        preset: the target of ``qt.get_default_qconfig_mapping`` that suits it.
         packages: packages it needs to write and to verify, with the installed versions; None for
             one that is absent.
         install: the command that installs what is absent; "" if nothing is.
@@ -140,6 +139,7 @@ class TargetInfo:
 
     name: str
     suffix: str
+    preset: str
     packages: Mapping[str, str | None]
     install: str
 
@@ -156,7 +156,7 @@ def targets() -> dict[str, TargetInfo]:
         packages = {p: _version(p) for p in (*cls.packages, *cls.runtime)}
         missing = None in packages.values()
         install = f"pip install 'qtoolkit[{cls.extra}]'" if missing else ""
-        result[name] = TargetInfo(name, cls.suffix, packages, install)
+        result[name] = TargetInfo(name, cls.suffix, cls.preset, packages, install)
     return result
 
 
@@ -167,6 +167,45 @@ def _require(target: Target, packages: Sequence[str], purpose: str) -> None:
             f"{purpose} needs {', '.join(missing)}, not installed: pip install "
             f"'qtoolkit[{target.extra}]' (or pip install {' '.join(missing)})"
         )
+
+
+class LoadedModel:
+    """An exported file in its runtime, called like the model: tensors in, tensors out.
+
+    Attributes:
+        version: the runtime's name and version.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.version = runner.version
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The output, or a tuple where there are several."""
+        outputs, _ = self._runner.run(list(inputs), ())
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def load(target: str, path: str | os.PathLike[str]) -> LoadedModel:
+    """Loads an exported file in the runtime it is for, to evaluate it: ``qt.evaluate(qt.export.load
+    ("onnx", "m.onnx"), loader)``.
+
+    Args:
+        target: its name, see ``targets``.
+        path: the file.
+
+    Raises:
+        ValueError: there is no such target.
+        FileNotFoundError: there is no such file.
+        MissingPackageError: a package is absent; the message gives the command.
+    """
+    if target not in _TARGETS:
+        raise ValueError(f"unknown target {target!r}: use one of {', '.join(_TARGETS)}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    instance = _TARGETS[target]()
+    _require(instance, (*instance.packages, *instance.runtime), f"export.load({target!r})")
+    return LoadedModel(instance.load(Path(path)))
 
 
 def _inputs(example_inputs: Any, target: str) -> tuple[Any, ...]:

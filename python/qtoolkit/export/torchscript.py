@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings as python_warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtoolkit.export.program import tensors_of
+from qtoolkit.export.program import tensors_of, with_tensors
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.verify import Runner
@@ -36,16 +35,18 @@ def _script(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, lis
 class _Loaded:
     version = f"TorchScript of PyTorch {torch.__version__}"
 
-    def __init__(self, path: Path, example_inputs: tuple[Any, ...]) -> None:
+    def __init__(self, path: Path, example_inputs: tuple[Any, ...] | None) -> None:
         self.module = torch.jit.load(path)
         self.example_inputs = example_inputs
 
     def run(
         self, inputs: list[Tensor], names: Sequence[str]
     ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
-        # The tensors are those of the example inputs, which may hold other values as well.
+        arguments: Any = inputs
+        if self.example_inputs is not None:  # which may hold other values than tensors
+            arguments = with_tensors(self.example_inputs, iter(inputs))
         with torch.no_grad():
-            return tensors_of(self.module(*copy.deepcopy(self.example_inputs))), {}
+            return tensors_of(self.module(*arguments)), {}
 
 
 @register_target("torchscript")
@@ -56,7 +57,7 @@ class TorchScriptTarget(Target):
     exact = True
 
     def __init__(self) -> None:
-        self.example_inputs: tuple[Any, ...] = ()
+        self.example_inputs: tuple[Any, ...] | None = None
 
     def write(self, job: Job, path: Path) -> list[str]:
         self.example_inputs = job.example_inputs
