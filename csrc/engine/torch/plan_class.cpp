@@ -8,6 +8,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -95,16 +96,23 @@ Constant constant_of(const Tensor& tensor) {
 }
 
 Tensor tensor_of(const Constant& constant) {
-  constexpr at::ScalarType kTypes[] = {at::kByte, at::kChar, at::kInt, at::kFloat};
+  constexpr at::ScalarType kConstantTypes[] = {at::kByte, at::kChar, at::kInt, at::kFloat};
   // Not written to: a plan gives its constants away only to be saved or copied.
   auto* data = const_cast<void*>(constant.data.get());
   return at::from_blob(
       data, constant.shape, [owner = constant.data](void*) {},
-      at::TensorOptions().dtype(kTypes[static_cast<size_t>(constant.dtype)]));
+      at::TensorOptions().dtype(kConstantTypes[static_cast<size_t>(constant.dtype)]));
+}
+
+// Of the inputs and outputs, by the number that stands for them in ProgramData.
+constexpr at::ScalarType kTypes[] = {at::kFloat, at::kByte, at::kChar};
+
+int64_t type_number(const Outside& outside) {
+  if (outside.type == Type::float32) return 0;
+  return outside.is_signed ? 2 : 1;
 }
 
 Outside outside_of(const Tensor& tensor, int64_t rank, int64_t type, size_t number) {
-  constexpr at::ScalarType kTypes[] = {at::kFloat, at::kByte, at::kChar};
   const at::ScalarType wanted = kTypes[type];
   TORCH_CHECK_TYPE(tensor.scalar_type() == wanted, "qtoolkit::run_plan: input ", number,
                    " must be ", c10::toString(wanted), ", got ", ops::describe(tensor));
@@ -117,12 +125,11 @@ Outside outside_of(const Tensor& tensor, int64_t rank, int64_t type, size_t numb
   return outside;
 }
 
-Tensor empty_output(const Outside& outside, at::Device device) {
-  at::ScalarType type = outside.is_signed ? at::kChar : at::kByte;
-  if (outside.type == Type::float32) type = at::kFloat;
+Tensor empty_output(const Outside& outside) {
+  const at::ScalarType type = kTypes[type_number(outside)];
   const auto format = outside.shape.rank == 4 && !outside.planar ? at::MemoryFormat::ChannelsLast
                                                                  : at::MemoryFormat::Contiguous;
-  return at::empty(outside.shape.sizes(), at::TensorOptions().dtype(type).device(device), format);
+  return at::empty(outside.shape.sizes(), at::TensorOptions().dtype(type), format);
 }
 
 // --- the class
@@ -266,7 +273,7 @@ class PlanHolder : public torch::CustomClassHolder {
       std::vector<Tensor> results;
       std::vector<void*> pointers;
       for (const Outside& output : plan_->outputs(outside)) {
-        results.push_back(empty_output(output, at::kCPU));
+        results.push_back(empty_output(output));
         pointers.push_back(results.back().mutable_data_ptr());
       }
       plan_->run(outside, data, pointers, team_size(), run_team);
@@ -274,12 +281,30 @@ class PlanHolder : public torch::CustomClassHolder {
     });
   }
 
-  std::vector<Tensor> meta(const std::vector<Tensor>& inputs) const {
-    const std::vector<Outside> outside = outside_inputs(inputs);
+  // What inputs of such types and sizes give, for traces without data. Each of both: the type (as
+  // in ProgramData), 1 for channels_last, and the sizes.
+  std::vector<std::vector<int64_t>> outputs(const std::vector<std::vector<int64_t>>& inputs) const {
+    const ProgramData& data = plan_->description();
+    std::vector<Outside> outside;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const std::vector<int64_t>& input = inputs[i];
+      const int64_t rank = static_cast<int64_t>(input.size()) - 2;
+      TORCH_CHECK_VALUE(i < data.input_ranks.size(), "qtoolkit::run_plan: this plan takes ",
+                        data.input_ranks.size(), " inputs, got ", inputs.size());
+      TORCH_CHECK_TYPE(input.size() > 1 && input[0] == data.input_types[i],
+                       "qtoolkit::run_plan: input ", i, " must be ",
+                       c10::toString(kTypes[data.input_types[i]]));
+      TORCH_CHECK_VALUE(rank == data.input_ranks[i], "qtoolkit::run_plan: input ", i, " must have ",
+                        data.input_ranks[i], " dimensions, got ", rank);
+      outside.push_back({.shape = shape_of({input.begin() + 2, input.end()}),
+                         .type = input[0] == 0 ? Type::float32 : Type::codes,
+                         .planar = rank == 4 && input[1] == 0});
+    }
     return checked([&] {
-      std::vector<Tensor> results;
+      std::vector<std::vector<int64_t>> results;
       for (const Outside& output : plan_->outputs(outside)) {
-        results.push_back(empty_output(output, inputs[0].device()));
+        results.push_back({type_number(output), output.shape.rank == 4 && !output.planar ? 1 : 0});
+        for (const int64_t size : output.shape.sizes()) results.back().push_back(size);
       }
       return results;
     });
@@ -313,20 +338,25 @@ class PlanHolder : public torch::CustomClassHolder {
     return result;
   }
 
+  // What torch.compile keeps a compiled function for. A number of its own: an address may come
+  // again.
+  std::tuple<std::tuple<std::string, std::string>> flatten() const {
+    return {{"identity", std::to_string(identity_)}};
+  }
+
   int64_t instances() const { return static_cast<int64_t>(plan_->instances()); }
 
  private:
+  static inline std::atomic<int64_t> made_{0};
+
   std::unique_ptr<Plan> plan_;
+  const int64_t identity_ = made_++;
 };
 
 using PlanPointer = c10::intrusive_ptr<PlanHolder>;
 
 std::vector<Tensor> run_plan_cpu(const PlanPointer& plan, const std::vector<Tensor>& inputs) {
   return plan->run(inputs);
-}
-
-std::vector<Tensor> run_plan_meta(const PlanPointer& plan, const std::vector<Tensor>& inputs) {
-  return plan->meta(inputs);
 }
 
 }  // namespace
@@ -337,13 +367,17 @@ TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
       .def("tune", &PlanHolder::tune)
       .def("report", &PlanHolder::report)
       .def("instances", &PlanHolder::instances)
+      .def("outputs", &PlanHolder::outputs)
       .def("state", &PlanHolder::state)
+      // What torch.export and torch.compile ask of a class: see qtoolkit/ops/plan.py.
+      .def("__obj_flatten__", &PlanHolder::flatten)
+      .def("__eq__",
+           [](const PlanPointer& self, const PlanPointer& other) { return self == other; })
       .def_pickle([](const PlanPointer& self) { return self->state(); },
                   [](const State& state) { return c10::make_intrusive<PlanHolder>(state); });
   m.def("run_plan(__torch__.torch.classes.qtoolkit.Plan plan, Tensor[] inputs) -> Tensor[]",
         {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(qtoolkit, CPU, m) { m.impl("run_plan", run_plan_cpu); }
-TORCH_LIBRARY_IMPL(qtoolkit, Meta, m) { m.impl("run_plan", run_plan_meta); }
 
 }  // namespace qtoolkit::engine

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.fake_class_registry import maybe_unwrap_fake_script_object
+
+#: The types of a plan's inputs and outputs, by the number that the engine gives them.
+_DTYPES = (torch.float32, torch.uint8, torch.int8)
 
 
 def make_plan(state: tuple[Any, ...]) -> Any:
@@ -32,3 +36,46 @@ def run_plan(plan: Any, inputs: list[Tensor]) -> list[Tensor]:
         ValueError: an input's rank, shape or the number of inputs does not fit.
     """
     return torch.ops.qtoolkit.run_plan(plan, inputs)
+
+
+@torch._library.register_fake_class("qtoolkit::Plan")
+class _TracedPlan:
+    """Stands for a plan while torch.export and torch.compile trace; only ``run_plan`` takes it."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    @classmethod
+    def __obj_unflatten__(cls, flattened: tuple[tuple[str, str], ...]) -> _TracedPlan:
+        return cls(**dict(flattened))
+
+    def _untraceable(self, *_: Any) -> Any:
+        raise NotImplementedError("only run_plan of a plan can be traced")
+
+    tune = report = outputs = state = instances = _untraceable
+
+
+@torch.library.register_fake("qtoolkit::run_plan")
+def _run_plan_fake(plan: Any, inputs: list[Tensor]) -> list[Tensor]:
+    # The batch may be unknown. No other size depends on it, nor does a stride, so 1 takes its
+    # place; the sizes of an image become those of the trace.
+    batch = inputs[0].shape[0]
+    described = []
+    for i, x in enumerate(inputs):
+        if x.shape[0] != batch:
+            raise ValueError(
+                f"qtoolkit::run_plan: input {i} has {x.shape[0]} images, input 0 has {batch}"
+            )
+        dtype = _DTYPES.index(x.dtype) if x.dtype in _DTYPES else -1
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        images = batch if isinstance(batch, int) else 1
+        described.append([dtype, int(last), images, *(int(size) for size in x.shape[1:])])
+    return [
+        torch.empty(
+            (batch, *sizes),
+            dtype=_DTYPES[dtype],
+            device=inputs[0].device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
+        for dtype, last, _, *sizes in maybe_unwrap_fake_script_object(plan).outputs(described)
+    ]
