@@ -184,7 +184,7 @@ def test_an_exported_file_is_evaluated_in_its_runtime(model, x, tmp_path):
         labels = quantized(x).argmax(1)
     assert qt.evaluate(loaded, [(x, labels)], progress=False) == 1.0
     assert "TorchScript" in loaded.version
-    with pytest.raises(ValueError, match="unknown target 'onyx': use one of torchscript"):
+    with pytest.raises(ValueError, match=r"unknown target 'onyx': use one of .*torchscript"):
         qt.export.load("onyx", path)
     with pytest.raises(FileNotFoundError, match=r"no file .*n\.pt"):
         qt.export.load("torchscript", tmp_path / "n.pt")

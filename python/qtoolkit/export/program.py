@@ -65,6 +65,15 @@ def _dynamic(value: Any, batch: int, dim: Any) -> Any:
     return None
 
 
+def _why_fixed(error: Exception) -> str:
+    """What torch.export says against a dynamic batch, in one sentence."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    found = next((line[2:] for line in lines if line.startswith("- ")), lines[0] if lines else "")
+    if "specialized it to be a constant" in found:  # perhaps that of the trace
+        return "the model's own code fixes it"
+    return found.split(". ")[0]
+
+
 def trace(
     model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_batch: bool
 ) -> tuple[ExportedProgram, str | None]:
@@ -84,11 +93,11 @@ def trace(
             batch = first.shape[0]
             inputs = _grown(example_inputs, batch) if batch == 1 else example_inputs
             dim = torch.export.Dim("batch", min=1)
-            shapes = _dynamic(inputs, 2 if batch == 1 else batch, dim)
+            shapes = _dynamic(example_inputs, batch, dim)
             try:
                 return torch.export.export(model, inputs, dynamic_shapes=shapes), None
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = _why_fixed(error)
         return torch.export.export(model, example_inputs), reason
 
 

@@ -86,8 +86,10 @@ class Target:
     extra: ClassVar[str] = ""
     #: The target of ``get_default_qconfig_mapping`` that suits it.
     preset: ClassVar[str] = "x86"
-    #: Whether the file must give the model's bits.
-    exact: ClassVar[bool] = False
+    #: Whether the file must give the model's bits. ``check`` and ``write`` may still set it.
+    exact: bool = False
+    #: Whether its runtime gives the codes of quantized layers, which are then compared one by one.
+    gives_codes: ClassVar[bool] = True
 
     def check(self, job: Job) -> None:
         """Raises UnsupportedError, naming operator and module, if the target cannot hold the
@@ -291,7 +293,10 @@ def run_export(
         verified = None
         if verify:
             runner = target.load(temporary)
-            verified = verify_file(target.name, runner, job, min_sqnr, exact=target.exact)
+            layers = target.gives_codes and not target.exact
+            verified = verify_file(
+                target.name, runner, job, min_sqnr, exact=target.exact, layers=layers
+            )
             latency = _latency(runner, tensors_of(job.example_inputs))
     final = Path(os.path.realpath(path))
     if verified is None:

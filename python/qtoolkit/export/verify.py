@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ MAX_SHARE = 0.05
 
 
 def verify_file(
-    target: str, runner: Runner, job: Job, min_sqnr: float, *, exact: bool
+    target: str, runner: Runner, job: Job, min_sqnr: float, *, exact: bool, layers: bool
 ) -> Verification:
     """Runs a file on the example inputs and compares it with the model.
 
@@ -132,21 +132,22 @@ def verify_file(
         runner: the file.
         job: the model and the example inputs.
         min_sqnr: dB that each output must reach beside the model's.
-        exact: require equal bits, and compare no layers.
+        exact: require equal bits.
+        layers: compare the quantized layers too, one by one.
 
     Raises:
         VerificationError: the file departs from the model; names the first layer that does.
     """
     inputs = tensors_of(job.example_inputs)
     expected = job.expected
-    names: list[str] = [] if exact else job.program.names()
+    names: list[str] = job.program.names() if layers else []
     outputs, codes = runner.run(inputs, names)
     if len(outputs) != len(expected):
         raise VerificationError(
             f"the {target} file gives {len(outputs)} outputs, the model {len(expected)}; nothing "
             "was written"
         )
-    steps: list[Any] = [None] * len(expected) if exact else _steps_of_outputs(job.program)
+    steps = _steps_of_outputs(job.program) if layers else [None] * len(expected)
     reports = [compare_output(e, a, s) for e, a, s in zip(expected, outputs, steps)]
     if exact:
         worst = max((r.max_difference for r in reports), default=0.0)
@@ -156,20 +157,23 @@ def verify_file(
                 "example inputs; nothing was written"
             )
         return Verification(reports, None)
-    summary, layers = compare_layers(job.program, inputs, codes)
-    for name, most, share in layers:
-        if most > MAX_STEPS or share > MAX_SHARE:
-            raise VerificationError(
-                f"the {target} file departs from the model first in {name}: from equal inputs "
-                f"{share:.1%} of its codes differ, by up to {most} steps (allowed: "
-                f"{MAX_SHARE:.0%}, {MAX_STEPS}); nothing was written"
-            )
+    summary, although = None, ""
+    if layers:
+        summary, compared = compare_layers(job.program, inputs, codes)
+        for name, most, share in compared:
+            if most > MAX_STEPS or share > MAX_SHARE:
+                raise VerificationError(
+                    f"the {target} file departs from the model first in {name}: from equal inputs "
+                    f"{share:.1%} of its codes differ, by up to {most} steps (allowed: "
+                    f"{MAX_SHARE:.0%}, {MAX_STEPS}); nothing was written"
+                )
+        although = ", though no quantized layer departs from the codes that it is given"
     for index, report in enumerate(reports):
         if report.sqnr < min_sqnr:
             raise VerificationError(
                 f"output {index} of the {target} file is {report.sqnr:.1f} dB from the model's "
-                f"(min_sqnr={min_sqnr:g}), though no quantized layer departs from the codes that "
-                "it is given; nothing was written. A float layer may differ, or single roundings "
-                "are amplified: compare both with the float model, or lower min_sqnr"
+                f"(min_sqnr={min_sqnr:g}){although}; nothing was written. A float layer may "
+                "differ, or single roundings are amplified: compare both with the float model, or "
+                "lower min_sqnr"
             )
     return Verification(reports, summary)
