@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace qtoolkit::engine {
@@ -68,6 +70,12 @@ std::string cpu_name() {
   char text[sizeof(words) + 1] = {};
   std::memcpy(text, words, sizeof(words));
   name = text;
+#elif defined(__aarch64__) && defined(__linux__)
+  if ((getauxval(AT_HWCAP) & HWCAP_CPUID) != 0) {
+    uint64_t id = 0;  // implementer, part and revision
+    asm("mrs %0, midr_el1" : "=r"(id));
+    name = "arm " + std::to_string(id);
+  }
 #endif
   return name + ", " + std::string(kernels::name(kernels::selected_path(kernels::Kernel::conv2d)));
 }

@@ -52,8 +52,11 @@ struct Conv2dShape {
 };
 
 // How packed weights lie in memory. Most paths read quads of input bytes,
-// [group][block][kernel_height][run][quad][kChannelBlock][4]; steps are in conv2d_steps.h.
-enum class Conv2dLayout : uint8_t { quads, steps };
+// [group][block][kernel_height][run][quad][kChannelBlock][4]; steps are in conv2d_steps.h. A block
+// of summed_quads begins with the sum of each channel's weights times 128, [kChannelBlock] of int32
+// modulo 2^32: what a path adds whose instructions take signed codes, which are 128 less.
+enum class Conv2dLayout : uint8_t { quads, steps, summed_quads };
+inline constexpr int64_t kBlockSumBytes = kChannelBlock * 4;
 
 enum class Conv2dOutput : uint8_t { codes, float32, int32 };
 

@@ -1,6 +1,8 @@
 #include "kernels/conv2d_pack.h"
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 namespace qtoolkit::kernels {
 namespace {
@@ -28,6 +30,13 @@ void for_each_weight(const Conv2dShape& s, const Visit& visit) {
   }
 }
 
+int64_t blocks_of(const Conv2dShape& s) { return s.groups * s.blocks_per_group(); }
+
+// Where a byte of the quads lies when each block begins with its sums.
+int64_t after_sums(const Conv2dShape& s, int64_t at) {
+  return at + (at / (s.packed_bytes() / blocks_of(s)) + 1) * kBlockSumBytes;
+}
+
 template <class Visit>
 void for_each_depthwise_weight(const Conv2dShape& s, const Visit& visit) {
   const int64_t taps = s.kernel_height * s.kernel_width;
@@ -45,6 +54,29 @@ void pack_quads(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) 
 
 void unpack_quads(const Conv2dShape& shape, const int8_t* packed, int8_t* weight) {
   for_each_weight(shape, [&](int64_t i, int64_t at) { weight[i] = packed[at]; });
+}
+
+int64_t summed_quad_packed_bytes(const Conv2dShape& shape) {
+  return shape.packed_bytes() + blocks_of(shape) * kBlockSumBytes;
+}
+
+void pack_summed_quads(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {
+  const int64_t bytes = shape.packed_bytes() / blocks_of(shape);  // of a block's quads
+  std::fill_n(packed, summed_quad_packed_bytes(shape), int8_t{0});
+  std::vector<uint32_t> sums(static_cast<size_t>(shape.padded_channels()));
+  for_each_weight(shape, [&](int64_t i, int64_t at) {
+    packed[after_sums(shape, at)] = weight[i];
+    const int64_t channel = at / bytes * kChannelBlock + at / 4 % kChannelBlock;
+    sums[static_cast<size_t>(channel)] += 128 * static_cast<uint32_t>(weight[i]);
+  });
+  for (int64_t block = 0; block < blocks_of(shape); ++block) {
+    std::memcpy(packed + block * (kBlockSumBytes + bytes), &sums[block * kChannelBlock],
+                kBlockSumBytes);
+  }
+}
+
+void unpack_summed_quads(const Conv2dShape& shape, const int8_t* packed, int8_t* weight) {
+  for_each_weight(shape, [&](int64_t i, int64_t at) { weight[i] = packed[after_sums(shape, at)]; });
 }
 
 void pack_conv2d_depthwise_weight(const Conv2dShape& shape, const int8_t* weight, int8_t* packed) {

@@ -10,6 +10,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "guarded_buffer.h"
@@ -353,12 +354,16 @@ TEST_P(Conv2dPath, EqualsTheReferenceBitForBit) {
 TEST_P(Conv2dPath, TakesEveryLayout) {
   const auto& [size, path] = GetParam();
   if (size.depthwise) return;
-  for (const Conv2dLayout layout : {Conv2dLayout::quads, Conv2dLayout::steps}) {
+  const std::pair<const char*, Conv2dLayout> layouts[] = {
+      {"quads", Conv2dLayout::quads},
+      {"steps", Conv2dLayout::steps},
+      {"summed quads", Conv2dLayout::summed_quads}};
+  for (const auto& [layout_name, layout] : layouts) {
     for (const char* name : {"residual", "most negative", "largest", "int32"}) {
       const auto* const variant = std::ranges::find_if(
           kVariants, [&](const Variant& v) { return std::string(v.name) == name; });
       ASSERT_NE(variant, std::end(kVariants)) << name;
-      SCOPED_TRACE(std::string(name) + (layout == Conv2dLayout::quads ? ", quads" : ", steps"));
+      SCOPED_TRACE(std::string(name) + ", " + layout_name);
       Problem problem(size, *variant, 0);
       problem.set_layout(layout);
       const auto expected = result_of(Path::reference, size.kernel(), problem);
@@ -393,6 +398,8 @@ TEST_P(Conv2dPaths, AllThatThisMachineShouldHaveRun) {
   if (__builtin_cpu_supports("avx2")) expected.push_back(Path::avx2);
   if (__builtin_cpu_supports("avx512vnni")) expected.push_back(Path::avx512vnni);
   if (kernel == Kernel::conv2d && supported(Path::amx)) expected.push_back(Path::amx);
+#elif defined(__aarch64__)
+  if (supported(Path::neondot)) expected.push_back(Path::neondot);
 #endif
   Size size{3, 3, 4, 1, 1, 3, 3};
   size.depthwise = kernel == Kernel::conv2d_depthwise;
@@ -421,11 +428,15 @@ TEST(Conv2dPack, UnpackingGivesTheWeightBack) {
   for (const Conv2dShape& s : shapes) {
     const auto count = static_cast<size_t>(s.groups * s.out_channels * s.in_channels *
                                            s.kernel_height * s.kernel_width);
-    std::vector<int8_t> weight(count), again(count), packed(static_cast<size_t>(s.packed_bytes()));
+    std::vector<int8_t> weight(count);
     for (int8_t& w : weight) w = static_cast<int8_t>(random.bits());
-    pack_conv2d_weight(Conv2dLayout::quads, s, weight.data(), packed.data());
-    unpack_conv2d_weight(Conv2dLayout::quads, s, packed.data(), again.data());
-    EXPECT_EQ(again, weight);
+    for (const Conv2dLayout layout : {Conv2dLayout::quads, Conv2dLayout::summed_quads}) {
+      GuardedBuffer<int8_t> packed(conv2d_packed_bytes(layout, s, weight.data()));
+      std::vector<int8_t> again(count);
+      pack_conv2d_weight(layout, s, weight.data(), packed.data());
+      unpack_conv2d_weight(layout, s, packed.data(), again.data());
+      EXPECT_EQ(again, weight);
+    }
   }
   const Conv2dShape depthwise{
       .groups = 37, .in_channels = 1, .out_channels = 1, .kernel_height = 3, .kernel_width = 5};

@@ -90,7 +90,8 @@ constexpr auto kAccumulate = all_accumulate(std::make_integer_sequence<int, kMos
 }  // namespace
 
 void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
-  if (args.layout != Conv2dLayout::steps) {
+  if (args.layout == Conv2dLayout::summed_quads) return portable::conv2d(args, begin, end);
+  if (args.layout == Conv2dLayout::quads) {
     return (winograd_fits(args.shape) ? winograd_conv2d : quads_conv2d)(args, begin, end);
   }
   const Conv2dShape& s = args.shape;

@@ -25,7 +25,8 @@ void accumulate_quads(const Conv2dArgs& args, const uint8_t* x, int64_t block, i
   const Conv2dShape& s = args.shape;
   const int64_t runs = s.runs_per_row();
   const int64_t run_weights = s.run_quads() * 4 * kChannelBlock;
-  const int8_t* w = args.packed + block * s.kernel_height * runs * run_weights;
+  const int64_t sums = args.layout == Conv2dLayout::summed_quads ? kBlockSumBytes : 0;
+  const int8_t* w = args.packed + block * (sums + s.kernel_height * runs * run_weights) + sums;
   for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
     for (int64_t run = 0; run < runs; ++run, w += run_weights) {
       accumulate_run(x + ky * s.dilation_height * args.x_row_stride +
