@@ -91,12 +91,12 @@ void check_qparams(const char* op, const char* prefix, const Tensor& scale,
 }
 
 void check_channel_qparams(const char* op, const Tensor& scale, const Tensor& zero_point,
-                           const Tensor& x, const c10::SymInt& channels) {
+                           const Tensor& x, const c10::SymInt& channels, const char* what) {
   check_qparam_tensors(op, "", scale, zero_point, x);
   TORCH_CHECK_VALUE(scale.dim() == 1 && zero_point.dim() == 1 && scale.sym_size(0) == channels &&
                         zero_point.sym_size(0) == channels,
                     "qtoolkit::", op, ": scale and zero_point must hold one element for each of ",
-                    channels, " channels, got ", scale.sym_sizes(), " and ",
+                    channels, " ", what, ", got ", scale.sym_sizes(), " and ",
                     zero_point.sym_sizes());
 }
 

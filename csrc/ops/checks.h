@@ -52,9 +52,10 @@ void check_qparam_tensors(const char* op, const char* prefix, const Tensor& scal
 // The same with one element each.
 void check_qparams(const char* op, const char* prefix, const Tensor& scale,
                    const Tensor& zero_point, const Tensor& x);
-// The same with one element for each of `channels`.
+// The same with one element for each of `channels`, or of what else they are.
 void check_channel_qparams(const char* op, const Tensor& scale, const Tensor& zero_point,
-                           const Tensor& x, const c10::SymInt& channels);
+                           const Tensor& x, const c10::SymInt& channels,
+                           const char* what = "channels");
 
 // A float32 parameter on the device of x, of one element or, with a ch_axis, of one for each
 // channel.

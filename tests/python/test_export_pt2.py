@@ -172,6 +172,15 @@ def test_a_plan_is_traced_for_the_size_of_its_images(converted):
         torch.export.export(fast, (images(2),), dynamic_shapes=shapes)
 
 
+def test_opcheck_of_a_plan(converted):
+    fast = qt.compile(converted, images(2), tune=False)
+    plan = next(module for module in fast.modules() if isinstance(module, Plan)).plan
+    utils = ("test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    torch.library.opcheck(
+        torch.ops.qtoolkit.run_plan.default, (plan, [images(2)]), test_utils=utils
+    )
+
+
 def test_tracing_a_plan_checks_its_inputs(converted):
     fast = qt.compile(converted, images(2), tune=False)
     plan = next(module for module in fast.modules() if isinstance(module, Plan)).plan

@@ -259,6 +259,8 @@ def test_cat_is_exact(case, memory_format):
         xs[0] = xs[0].to(memory_format=memory_format)
     y = ops.cat(xs, scales, zeros, dim, s_y, z_y, 0, 255)
     assert torch.equal(y, expected)
+    stacked = [torch.stack([p.reshape(()) for p in ps]) for ps in (scales, zeros)]
+    assert torch.equal(ops.cat(xs, stacked[:1], stacked[1:], dim, s_y, z_y, 0, 255), expected)
     if len(first) == 4 and y.numel() > 0:
         assert y.is_contiguous(memory_format=memory_format)
 

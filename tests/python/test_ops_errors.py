@@ -447,6 +447,7 @@ BAD = [
     ("sum", {"x": U8[:, :0]}, ValueError, "a dimension that is summed must not be empty"),
     ("cat", {"xs": [], "scales": [], "zero_points": []}, ValueError, "xs is empty"),
     ("cat", {"scales": [S]}, ValueError, "must be of one length, got 2, 1 and 2"),
+    ("cat", {"scales": [S], "zero_points": [Z]}, ValueError, "one element for each of 2 inputs"),
     ("cat", {"dim": 4}, ValueError, "dim must lie in [-4, 3]"),
     ("cat", {"xs": [U8, U8[:, :, :3]]}, ValueError, "must agree in all dimensions but 1"),
     ("cat", {"xs": [U8, U8[0]]}, ValueError, "must agree in all dimensions but 1"),

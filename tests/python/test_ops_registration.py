@@ -271,6 +271,7 @@ SAMPLES = {
     ],
     "sum": [(codes(torch.int8), S, Z, (0,), False, S, Z, 0, 255)],
     "cat": [
+        ([codes(torch.int8)] * 3, *([p] for p in channel_qparams()), 1, S, Z, -128, 127),
         ([codes(), codes()], [S, S], [Z, Z], 1, S, Z, 0, 255),
         ([codes().to(memory_format=LAST), codes()], [S, S], [Z, Z], -3, S, Z, 0, 255),
     ],

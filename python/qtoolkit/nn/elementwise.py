@@ -178,8 +178,8 @@ class Cat(QuantizedModule):
     def forward(self, xs: list[Tensor]) -> Tensor:
         return ops.cat(
             xs,
-            list(torch.unbind(self.input_scales)),
-            list(torch.unbind(self.input_zero_points)),
+            [self.input_scales],
+            [self.input_zero_points],
             self.dim,
             self.output_scale,
             self.output_zero_point,

@@ -424,7 +424,11 @@ def cat(
     quant_min: int,
     quant_max: int,
 ) -> Tensor:
-    """Concatenation along dim of codes with their own parameters, each requantized to y's."""
+    """Concatenation along dim of codes with their own parameters, each requantized to y's.
+
+    scales and zero_points: a tensor of one element for each of xs, or a single tensor that holds
+    one element for each, of shape [len(xs)].
+    """
     return torch.ops.qtoolkit.cat(
         xs, scales, zero_points, dim, y_scale, y_zero_point, quant_min, quant_max
     )
