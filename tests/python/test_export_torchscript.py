@@ -81,3 +81,15 @@ def test_a_model_that_cannot_be_scripted_is_traced_with_a_warning(tmp_path):
 def test_example_inputs_are_required(tmp_path, example_inputs):
     with pytest.raises(TypeError, match="example_inputs"):
         qt.export.torchscript(nn.Identity(), tmp_path / "m.pt", example_inputs)
+
+
+def test_a_model_that_can_be_neither_scripted_nor_traced_is_refused(tmp_path):
+    class Failing(nn.Module):
+        def forward(self, x: Tensor, **options: object) -> Tensor:
+            if torch.jit.is_tracing():
+                raise KeyError("tracing")
+            return x
+
+    with pytest.raises(qt.export.UnsupportedError, match=r"neither scripted .* nor traced"):
+        qt.export.torchscript(Failing(), tmp_path / "m.pt", torch.zeros(2))
+    assert list(tmp_path.iterdir()) == []

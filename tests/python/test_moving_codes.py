@@ -241,3 +241,16 @@ def test_a_type_of_upsampling_is_kept_in_float_by_name():
     prepared = qt.prepare(model, mapping, example_inputs=(data[0],))
     reasons = {layer.name: layer.reason for layer in qt.explain(prepared).float_layers}
     assert "qconfig" in reasons["between"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (qt.nn.functional.UpsampleNearest2d("nearest", [2.0, 1.5]), None),
+        (qt.nn.functional.UpsampleBilinear2d("bilinear", [2.0, 1.5], False, True), None),
+        (qt.nn.functional.UpsampleBilinear2d("bilinear", None, True), [9, 7]),
+    ],
+)
+def test_an_upsampling_that_stays_float_is_scripted(layer, size):
+    x = batches((2, 3, 5, 6), 1)[0]
+    assert torch.equal(torch.jit.script(layer)(x, size), layer(x, size))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.export.errors import UnsupportedError
 from qtoolkit.export.program import tensors_of, with_tensors
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
@@ -25,7 +26,13 @@ def _script(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, lis
             return torch.jit.script(model), []
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-        traced = torch.jit.trace(model, example_inputs)
+        try:
+            traced = torch.jit.trace(model, example_inputs)
+        except Exception as error:
+            raise UnsupportedError(
+                f"export.torchscript: the model can be neither scripted ({reason}) nor traced "
+                f"({str(error).strip().splitlines()[0]}); nothing was written"
+            ) from error
     return traced, [
         f"the model could not be scripted ({reason}); it was traced on the example inputs, so its "
         "control flow is fixed as it ran on them"
@@ -92,6 +99,7 @@ def torchscript(
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
+        UnsupportedError: the model can be neither scripted nor traced; nothing was written.
         ValueError: the model simulates a format in float, or cannot be converted.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.

@@ -143,7 +143,7 @@ class Upsample2d(nn.Module):
             self.scale_factors,
             self.mode,
             self.align_corners if self.mode == "bilinear" else None,
-            self.recompute or None,
+            True if self.recompute else None,
         )
 
 
