@@ -26,6 +26,7 @@ from qtoolkit.qconfig import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
+from qtoolkit.saving import InvalidFileError, file_info, load, save
 from qtoolkit.training import (
     QATSchedule,
     disable_fake_quant,
@@ -38,6 +39,7 @@ from qtoolkit.workflow import calibrate, convert, prepare, prepare_qat
 
 __all__ = [
     "FakeQuantize",
+    "InvalidFileError",
     "QATSchedule",
     "QConfig",
     "QConfigMapping",
@@ -54,10 +56,12 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "file_info",
     "freeze_bn",
     "freeze_observers",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
+    "load",
     "low_bit_qconfig_mapping",
     "model_size",
     "nn",
@@ -66,5 +70,6 @@ __all__ = [
     "prepare",
     "prepare_qat",
     "quantize_dynamic",
+    "save",
     "synchronize",
 ]

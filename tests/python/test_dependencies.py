@@ -55,6 +55,8 @@ PYTHON_LAYERS = [
         "explain",
         "compare",
         "compile",
+        "registry",
+        "saving",
     },
     {""},  # the package itself
 ]

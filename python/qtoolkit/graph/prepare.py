@@ -68,6 +68,7 @@ def prepare_model(
     report = Report(
         inputs=len(example_inputs),
         uncaptured=[_as_float_layer(entry) for entry in capture.uncaptured],
+        recipe=mapping.to_dict(),
     )
     seen: list[str] = []
     for name, module in list(graph_modules(captured)):

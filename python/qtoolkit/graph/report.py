@@ -32,12 +32,14 @@ class Report:
         uncaptured: modules whose ``forward`` could not be traced.
         floats: layers that stay in float though they could be seen.
         converted: whether ``convert`` made the model.
+        recipe: the ``QConfigMapping`` of ``prepare``, as ``to_dict`` gives it.
     """
 
     inputs: int = 1
     uncaptured: list[FloatLayer] = field(default_factory=list)
     floats: list[FloatLayer] = field(default_factory=list)
     converted: bool = False
+    recipe: dict[str, Any] | None = None
 
 
 _ATTRIBUTE = "qtoolkit_report"
@@ -63,6 +65,11 @@ def get_report(model: nn.Module) -> Report | None:
     """The report of a prepared or converted model, None for any other."""
     found = getattr(model, _ATTRIBUTE, None)
     return found.report if isinstance(found, _ReportHolder) else found
+
+
+def is_report_holder(module: nn.Module | None) -> bool:
+    """True for the child that keeps a report."""
+    return isinstance(module, _ReportHolder)
 
 
 def model_inputs(batch: Any, count: int) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,31 @@ class QParams:
     def format(self) -> str:
         """The name of the 8-bit storage: ``"int8"`` or ``"uint8"``."""
         return "int8" if self.quant_min < 0 else "uint8"
+
+
+#: What ``qt.save`` keeps of each class of quantized modules, by the name of the class.
+SAVED: dict[str, tuple[type[QuantizedModule], dict[str, Any]]] = {}
+
+_Class = TypeVar("_Class", bound="type[QuantizedModule]")
+
+
+def saved(**attributes: Any) -> Callable[[_Class], _Class]:
+    """Says what makes a quantized module beside what all have, so that ``qt.save`` can keep it.
+
+    Args:
+        attributes: by name, the type of an attribute (``bool``, ``int``, ``float``, ``str``, a
+            ``list`` of one, a union with None, a ``Literal``, or ``Any`` for more of these in
+            tuples and dicts), the dtype of a buffer (``Tensor`` for any), or ``QParams`` for what
+            ``_register_qparams`` or ``_register_output`` makes. Every buffer may be None.
+    """
+
+    def register(cls: _Class) -> _Class:
+        if cls.__name__ in SAVED:
+            raise ValueError(f"a quantized module named {cls.__name__} is registered already")
+        SAVED[cls.__name__] = (cls, attributes)
+        return cls
+
+    return register
 
 
 class PlanStep:

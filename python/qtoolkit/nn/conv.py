@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 from qtoolkit.nn.weights import (
     IntegerWeight,
     add_bias_scale,
@@ -17,7 +19,23 @@ from qtoolkit.nn.weights import (
     swap_channels,
 )
 
+# What all of them are made of, for ``saved``.
+_CONV: dict[str, Any] = {
+    "stride": list[int],
+    "padding": list[int],
+    "dilation": list[int],
+    "groups": int,
+    "relu": bool,
+    "input_format": Literal["int8", "uint8"],
+    "weight": torch.int8,
+    "weight_scale": torch.float32,
+    "bias": torch.int32,
+    "input": QParams,
+    "output": QParams,
+}
 
+
+@saved(**_CONV, residual=QParams)
 class Conv2d(QuantizedModule):
     """2-D convolution on codes, with ReLU and the addition of a second input fused where asked.
 
@@ -129,6 +147,7 @@ def is_depthwise(weight: Tensor, groups: int) -> bool:
     return groups == weight.shape[0] and weight.shape[1] == 1 and groups > 1
 
 
+@saved(**_CONV, residual=QParams)
 class DepthwiseConv2d(Conv2d):
     """``Conv2d`` with one input and one output channel in each group."""
 
@@ -143,6 +162,7 @@ def make_conv2d(
     return kind(weight, bias, groups=groups, **options)  # type: ignore[arg-type]
 
 
+@saved(**_CONV, residual=QParams, kernel=Literal["conv2d", "conv2d_depthwise"])
 class Conv1d(QuantizedModule):
     """1-D convolution on codes ``[N, C, L]``, seen as images of one row; the rest as ``Conv2d``."""
 
@@ -230,6 +250,7 @@ class Conv1d(QuantizedModule):
         )
 
 
+@saved(**_CONV, output_padding=list[int], kernel=Literal["conv2d", "conv2d_depthwise"])
 class ConvTranspose2d(QuantizedModule):
     """2-D transposed convolution on codes, with ReLU fused where asked; see
     ``qtoolkit.ops.conv_transpose2d``.

@@ -3,13 +3,16 @@ batch norm."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from qtoolkit import ops
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 
 
+@saved(output=QParams)
 class Quantize(QuantizedModule):
     """float32 to codes; see ``qtoolkit.ops.quantize_per_tensor``."""
 
@@ -38,6 +41,7 @@ class Quantize(QuantizedModule):
         return f"float32 -> {code_format(self.quant_min)}"
 
 
+@saved(input_format=Literal["int8", "uint8"], input=QParams)
 class Dequantize(QuantizedModule):
     """Codes to float32; see ``qtoolkit.ops.dequantize_per_tensor``."""
 
@@ -63,6 +67,7 @@ class Dequantize(QuantizedModule):
         return f"{self.input_format} -> float32"
 
 
+@saved(relu=bool, a=QParams, b=QParams, output=QParams)
 class Add(QuantizedModule):
     """Sum of two tensors of codes, with ReLU fused where asked; shapes are broadcast."""
 
@@ -112,6 +117,7 @@ class Add(QuantizedModule):
         return f"8-bit + 8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(relu=bool, a=QParams, b=QParams, output=QParams)
 class Mul(QuantizedModule):
     """Product of two tensors of codes, with ReLU fused where asked; shapes are broadcast."""
 
@@ -161,6 +167,7 @@ class Mul(QuantizedModule):
         return f"8-bit x 8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(dim=int, input_scales=torch.float32, input_zero_points=torch.int32, output=QParams)
 class Cat(QuantizedModule):
     """Concatenation of codes, each input brought to the output's scale."""
 
@@ -203,6 +210,7 @@ class Cat(QuantizedModule):
         return f"{len(self.input_scales)} x 8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(input=QParams, output=QParams)
 class ReLU(QuantizedModule):
     """ReLU (clipped at ``upper`` where given) with a change of scale."""
 
@@ -239,6 +247,7 @@ class ReLU(QuantizedModule):
         return f"8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(relu=bool, weight=torch.float32, bias=torch.float32, input=QParams, output=QParams)
 class BatchNorm2d(QuantizedModule):
     """Batch norm in evaluation, an affine map per channel of ``[N, C, H, W]`` codes.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 from qtoolkit.nn.kernels import weight_without_kernel
 from qtoolkit.nn.weights import (
     IntegerWeight,
@@ -20,6 +22,15 @@ from qtoolkit.nn.weights import (
 from qtoolkit.qconfig import TensorSpec
 
 
+@saved(
+    relu=bool,
+    input_format=Literal["int8", "uint8"],
+    weight=torch.int8,
+    weight_scale=torch.float32,
+    bias=torch.int32,
+    input=QParams,
+    output=QParams,
+)
 class Linear(QuantizedModule):
     """``y = x @ weight.T + bias`` on codes, with ReLU fused where asked; see
     ``qtoolkit.ops.linear``.
@@ -88,6 +99,12 @@ class Linear(QuantizedModule):
         return f"{in_features}, {out_features}, relu={self.relu}, {self.formats()}"
 
 
+@saved(
+    activation=Literal["none", "relu", "gelu", "gelu_tanh", "silu"],
+    weight=torch.int8,
+    weight_scale=torch.float32,
+    bias=torch.float32,
+)
 class DynamicLinear(QuantizedModule):
     """``activation(x @ weight.T + bias)`` with an int8 weight, on float rows that are quantized one
     by one as they come; see ``qtoolkit.ops.linear_dynamic``. No calibration, no gradient; on CPU.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from qtoolkit import ops
 from qtoolkit.nn import functional as own
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 
 
+@saved(function=str, functions=Any, table=Tensor, input=QParams, output=QParams)
 class Lookup(QuantizedModule):
     """A function of one value, such as SiLU; see ``qtoolkit.ops.lookup``.
 
@@ -64,7 +65,9 @@ class Lookup(QuantizedModule):
         if not self.functions:
             raise NotImplementedError(f"a table of {self.function} has no float form")
         for name, arguments in self.functions:
-            kind = getattr(own, name, None) or getattr(nn, name)
+            kind = getattr(own, name, None) or getattr(nn, name, None)
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ValueError(f"a table of {self.function} names the unknown layer {name!r}")
             x = kind(**arguments)(x)
         return x
 

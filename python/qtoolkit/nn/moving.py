@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, saved
 
 
 class MovingModule(QuantizedModule):
@@ -19,6 +19,7 @@ class MovingModule(QuantizedModule):
         return "8-bit"
 
 
+@saved(mode=Literal["constant", "reflect", "replicate", "circular"], pad=list[int], input=QParams)
 class Pad(MovingModule):
     """Padding with real 0, or with the input's own values; see ``qtoolkit.ops.pad``.
 
@@ -52,6 +53,7 @@ class Pad(MovingModule):
         return PlanStep("pad", pad=pad, mode=modes.index(self.mode))
 
 
+@saved(scale_factors=list[float], exact=bool, recompute=bool)
 class UpsampleNearest2d(MovingModule):
     """Nearest upsampling by factors, or to a size given at the call.
 
@@ -105,6 +107,7 @@ def exact_factors(factors: list[float]) -> Tensor | None:
     return result if result.tolist() == factors else None
 
 
+@saved(groups=int)
 class ChannelShuffle(MovingModule):
     """``torch.nn.ChannelShuffle`` of codes."""
 
@@ -126,6 +129,7 @@ class ChannelShuffle(MovingModule):
         return PlanStep("channel_shuffle", groups=self.groups)
 
 
+@saved(factor=int)
 class PixelShuffle(MovingModule):
     """``torch.nn.PixelShuffle`` of codes."""
 
@@ -147,6 +151,7 @@ class PixelShuffle(MovingModule):
         return PlanStep("pixel_shuffle", factor=self.factor)
 
 
+@saved(factor=int)
 class PixelUnshuffle(MovingModule):
     """``torch.nn.PixelUnshuffle`` of codes."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import QParams, QuantizedModule, code_format, saved
 
 
+@saved(dim=int, input=QParams, output=QParams)
 class Softmax(QuantizedModule):
     """Softmax along a dimension; see ``qtoolkit.ops.softmax``."""
 
@@ -39,6 +41,14 @@ class Softmax(QuantizedModule):
         return f"8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(
+    normalized_shape=list[int],
+    eps=float,
+    weight=torch.float32,
+    bias=torch.float32,
+    input=QParams,
+    output=QParams,
+)
 class LayerNorm(QuantizedModule):
     """Layer norm over the last dimensions; see ``qtoolkit.ops.layer_norm``.
 

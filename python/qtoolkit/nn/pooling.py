@@ -7,9 +7,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 
 
+@saved(
+    kernel_size=list[int],
+    stride=list[int],
+    padding=list[int],
+    dilation=list[int],
+    ceil_mode=bool,
+)
 class MaxPool2d(QuantizedModule):
     """Max pooling; output codes have the input's scale and zero point."""
 
@@ -54,6 +61,16 @@ class MaxPool2d(QuantizedModule):
         return "8-bit"
 
 
+@saved(
+    kernel_size=list[int],
+    stride=list[int],
+    padding=list[int],
+    ceil_mode=bool,
+    count_include_pad=bool,
+    divisor_override=int | None,
+    input=QParams,
+    output=QParams,
+)
 class AvgPool2d(QuantizedModule):
     """Average pooling with a change of scale."""
 
@@ -128,6 +145,7 @@ class AvgPool2d(QuantizedModule):
         return f"8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(output_size=list[int], input=QParams, output=QParams)
 class AdaptiveAvgPool2d(QuantizedModule):
     """Adaptive average pooling with a change of scale."""
 
@@ -165,6 +183,7 @@ class AdaptiveAvgPool2d(QuantizedModule):
         return f"8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(output_size=list[int], keepdim=bool, input=QParams, output=QParams)
 class GlobalAvgPool2d(AdaptiveAvgPool2d):
     """Mean over height and width; drops both dimensions unless ``keepdim``."""
 
@@ -189,6 +208,7 @@ class GlobalAvgPool2d(AdaptiveAvgPool2d):
         return x.mean([2, 3], self.keepdim)
 
 
+@saved(dims=list[int], keepdim=bool, input=QParams, output=QParams)
 class Mean(QuantizedModule):
     """Mean over dimensions with a change of scale."""
 
@@ -229,6 +249,7 @@ class Mean(QuantizedModule):
         return f"8-bit -> {code_format(self.quant_min)}"
 
 
+@saved(dims=list[int], keepdim=bool, input=QParams, output=QParams)
 class Sum(Mean):
     """Sum over dimensions with a change of scale."""
 

@@ -43,6 +43,11 @@ def mark_further_call(module: nn.Module, first: nn.Module) -> None:
     module.register_state_dict_post_hook(_after_state_dict)
 
 
+def first_call(module: nn.Module) -> nn.Module | None:
+    """The module of which this one is a further call, None if it is none."""
+    return getattr(module, _FIRST, (None,))[0]
+
+
 def further_call(layer: nn.Module) -> nn.Module:
     """A module that holds the layer's parameters and buffers, for a further call of it."""
     copy = layer.__class__.__new__(layer.__class__)

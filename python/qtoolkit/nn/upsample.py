@@ -7,10 +7,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 from qtoolkit.nn.moving import exact_factors, resized
 
 
+@saved(
+    scale_factors=list[float],
+    align_corners=bool,
+    recompute=bool,
+    input=QParams,
+    output=QParams,
+)
 class UpsampleBilinear2d(QuantizedModule):
     """Bilinear upsampling by factors, or to a size given at the call.
 
