@@ -397,10 +397,10 @@ def test_a_bias_of_nan_names_the_layer():
         quantize(model, batches((2, 3, 8, 8)))
 
 
-def test_a_prepared_model_is_not_exported(tmp_path):
+def test_a_prepared_model_that_has_seen_no_data_is_not_exported(tmp_path):
     x = torch.randn(1, 3, 8, 8)
     prepared = qt.prepare(nn.Sequential(conv()), example_inputs=(x,))
-    with pytest.raises(ValueError, match=r"qt\.convert"):
+    with pytest.raises(RuntimeError, match=r"has seen no data: run qt\.calibrate"):
         qt.export.torchscript(prepared, tmp_path / "m.pt", (x,))
 
 

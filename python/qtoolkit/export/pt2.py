@@ -154,6 +154,7 @@ def pt2(
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
         UnsupportedError: ``torch.export`` cannot trace the model; nothing was written.
         ValueError: the model simulates a format in float, or cannot be converted.
+        RuntimeError: the model is only prepared, and has seen no data.
         MissingPackageError: ``aot_inductor`` without a C++ compiler.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.fake_class_registry import maybe_unwrap_fake_script_object
 
 #: The types of a plan's inputs and outputs, by the number that the engine gives them.
 _DTYPES = (torch.float32, torch.uint8, torch.int8)
@@ -70,6 +69,7 @@ def _run_plan_fake(plan: Any, inputs: list[Tensor]) -> list[Tensor]:
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         images = batch if isinstance(batch, int) else 1
         described.append([dtype, int(last), images, *(int(size) for size in x.shape[1:])])
+    real: Any = plan if isinstance(plan, torch.ScriptObject) else plan.real_obj
     return [
         torch.empty(
             (batch, *sizes),
@@ -77,5 +77,5 @@ def _run_plan_fake(plan: Any, inputs: list[Tensor]) -> list[Tensor]:
             device=inputs[0].device,
             memory_format=torch.channels_last if last else torch.contiguous_format,
         )
-        for dtype, last, _, *sizes in maybe_unwrap_fake_script_object(plan).outputs(described)
+        for dtype, last, _, *sizes in real.outputs(described)
     ]
