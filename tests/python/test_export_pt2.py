@@ -69,6 +69,12 @@ def test_files_take_any_batch_and_load_in_a_new_process(converted, tmp_path):
     subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=120)
 
 
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "m.pt2").write_text("no archive")
+    with pytest.raises(ValueError, match=r"m\.pt2 is neither a program of torch\.export nor"):
+        qt.export.load("pt2", tmp_path / "m.pt2")
+
+
 def test_the_batch_may_be_fixed(converted, tmp_path):
     qt.export.pt2(converted, tmp_path / "m.pt2", (images(3),), dynamic_batch=False)
     loaded = qt.export.load("pt2", tmp_path / "m.pt2")
