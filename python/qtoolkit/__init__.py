@@ -9,7 +9,7 @@ qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
 """
 
 from qtoolkit import _library  # isort: skip  (loads the operators, which the rest needs)
-from qtoolkit import export, nn, observers, ops
+from qtoolkit import export, nn, observers, ops, registry
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
 from qtoolkit.compile import compile
@@ -70,6 +70,7 @@ __all__ = [
     "prepare",
     "prepare_qat",
     "quantize_dynamic",
+    "registry",
     "save",
     "synchronize",
 ]
