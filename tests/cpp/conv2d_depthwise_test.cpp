@@ -169,6 +169,10 @@ std::vector<Layer> layers() {
       list.push_back({1, 3, width, channels, 7, 1});
     }
   }
+  // Rows that are cut into parts, and so long ones that few are taken together.
+  list.push_back({1, 3, 259, 16, 3, 1});
+  list.push_back({1, 2, 131, 24, 5, 2});
+  list.push_back({1, 5, 3, 17, 3, 1, 30000});
   list.push_back({3, 7, 7, 200, 3, 1, 16});
   list.push_back({5, 2, 2, 100, 4, 1});
   list.push_back({4, 3, 3, 80, 3, 3, 5, 5});

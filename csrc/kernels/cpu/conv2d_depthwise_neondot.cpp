@@ -46,14 +46,13 @@ struct Block {
   int8_t weight[kMostWeights];  // [rows][quads][width][kChannels][4]
   int32x4_t start[4];
   float32x4_t multiplier[4];
-  int64_t channel;
-  int64_t known;  // channels at its beginning that the block before has written
+  int64_t channel;  // the first
 };
 
 void prepare(const Conv2dArgs& args, const Strip& strip, int64_t channel, Block& block) {
   const Conv2dShape& s = args.shape;
+  // The last block may begin earlier and compute some channels again.
   block.channel = channel + kChannels <= s.groups ? channel : s.groups - kChannels;
-  block.known = channel - block.channel;
   int8_t* to = block.weight;
   for (int64_t r = 0; r < strip.rows; ++r) {
     for (int64_t quad = 0; quad < strip.quads; ++quad) {
@@ -179,14 +178,7 @@ void run_row(const Conv2dArgs& args, const Block& block, Columns columns, Conv2d
       }
       const uint8x16_t codes = rule.codes<kResidual>(acc[p], block.multiplier, residual);
       uint8_t* const y = static_cast<uint8_t*>(args.y) + place.y + p * args.y_pixel_stride;
-      if (block.known == 0) {
-        vst1q_u8(y, codes);
-      } else {
-        uint8_t all[kChannels];
-        vst1q_u8(all, codes);
-        __builtin_memcpy(y + block.known, all + block.known,
-                         static_cast<size_t>(kChannels - block.known));
-      }
+      vst1q_u8(y, codes);
     }
     columns.x += kCount * columns.pixel_step;
     place.y += kCount * args.y_pixel_stride;
