@@ -1,6 +1,8 @@
 #include "peak.h"
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 
@@ -62,6 +64,24 @@ __attribute__((target("amx-tile,amx-int8"))) void run_tiles() {
   }
   _tile_release();
 }
+
+#elif defined(__aarch64__)
+
+// Twenty-four independent results. The instruction is "sdot v<n>.4s, v0.16b, v1.16b", by its number
+// because this file is for every CPU.
+constexpr int64_t kLoops = 2000;
+#define QT_SDOT(n) ".inst 0x4e819400 + " #n "\n\t"
+void run_sdot() {
+  for (int64_t i = 0; i < kLoops; ++i) {
+    asm volatile(QT_SDOT(8) QT_SDOT(9) QT_SDOT(10) QT_SDOT(11) QT_SDOT(12) QT_SDOT(13) QT_SDOT(14)
+                     QT_SDOT(15) QT_SDOT(16) QT_SDOT(17) QT_SDOT(18) QT_SDOT(19) QT_SDOT(20)
+                         QT_SDOT(21) QT_SDOT(22) QT_SDOT(23) QT_SDOT(24) QT_SDOT(25) QT_SDOT(26)
+                             QT_SDOT(27) QT_SDOT(28) QT_SDOT(29) QT_SDOT(30) QT_SDOT(31)::
+                                 : "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16",
+                                   "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25",
+                                   "v26", "v27", "v28", "v29", "v30", "v31");
+  }
+}
 #endif
 
 }  // namespace
@@ -77,6 +97,9 @@ std::optional<Peak> peak_of(kernels::Path path) {
       return Peak{"vpdpbusd zmm", run_dot_512, 12 * kLoops * 64};
     case kernels::Path::amx:
       return Peak{"tdpbusd", run_tiles, 4.0 * kTileLoops * 16 * 16 * 64};
+#elif defined(__aarch64__)
+    case kernels::Path::neondot:
+      return Peak{"sdot", run_sdot, 24 * kLoops * 16};
 #endif
     default:
       return std::nullopt;
