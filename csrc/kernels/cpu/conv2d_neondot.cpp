@@ -143,20 +143,21 @@ template <bool kFloat>
 void store_words(const Conv2dArgs& args, const Block& block, const Conv2dPlace* place,
                  const int32_t* acc, int pixels) {
   for (int p = 0; p < pixels; ++p, acc += kChannelBlock) {
-    int32_t words[kChannelBlock];
-    for (int v = 0; v < kBlockVectors; ++v) {
-      int32x4_t sum = vld1q_s32(acc + v * kLanes);
+    int32_t* const y = static_cast<int32_t*>(args.y) + place[p].y + block.channel;
+    for (int64_t c = 0; c < block.channels; c += kLanes) {
+      int32x4_t sum = vld1q_s32(acc + c);
       if (kFloat) {
-        const float32x4_t value =
-            vmulq_f32(vcvtq_f32_s32(sum), vld1q_f32(block.multiplier + v * kLanes));
+        const float32x4_t value = vmulq_f32(vcvtq_f32_s32(sum), vld1q_f32(block.multiplier + c));
         sum = vreinterpretq_s32_f32(value);
-        // Not a maximum: -0 stays, and NaN.
+        // Not a maximum, which would turn -0 to 0.
         if (args.relu) sum = vbicq_s32(sum, vreinterpretq_s32_u32(vcltzq_f32(value)));
       }
-      vst1q_s32(words + v * kLanes, sum);
+      if (const int64_t left = block.channels - c; left >= kLanes) {
+        vst1q_s32(y + c, sum);
+      } else {
+        __builtin_memcpy(y + c, &sum, static_cast<size_t>(left) * sizeof(int32_t));
+      }
     }
-    __builtin_memcpy(static_cast<int32_t*>(args.y) + place[p].y + block.channel, words,
-                     static_cast<size_t>(block.channels) * sizeof(int32_t));
   }
 }
 
