@@ -131,7 +131,12 @@ def save(
         "model": description,
     }
     with staged(path) as temporary:
-        write(temporary, document, writer.tensors)
+        try:
+            write(temporary, document, writer.tensors)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write {os.fspath(path)}: {error.strerror}"
+            ) from error
 
 
 def _document(container: Container) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class Reader:
             self._depth += 1
             require(self._depth <= 100, "modules are nested too deeply")
             result = self._checked(data, path)
-        except (InvalidFileError, MemoryError):
+        except (InvalidFileError, ImportError, MemoryError):
             raise
         except Exception as error:
             # Constructors of PyTorch raise all sorts for options that make no sense.

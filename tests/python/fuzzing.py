@@ -1,0 +1,256 @@
+"""Damaged and hostile files, made of good ones, and the loaders that must refuse them.
+
+A loader of another format joins ``LOADERS``; ``scripts/fuzz_loaders.py`` and
+``test_fuzz_loaders.py`` then know it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from networks import Kinds, batches, settle
+from torch import nn
+
+import qtoolkit as qt
+from qtoolkit.registry import Registry
+from qtoolkit.saving import container
+
+_HUGE = [
+    0,
+    1,
+    -1,
+    127,
+    255,
+    256,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**40,
+]
+_TEXTS = [
+    "",
+    "x",
+    "self",
+    "None",
+    "__class__",
+    "__import__('os').abort()",
+    "a" * 300,
+    "\ud800",
+    "é",
+    '"',
+]
+
+
+def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
+    """The bytes with one to four changes, of eight kinds."""
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        kind = rng.randrange(8)
+        place = rng.randrange(len(result) + 1)
+        length = min(rng.choice((1, 2, 8, 64, 1024)), len(result) - place)
+        if kind == 0 and length:  # flip a bit
+            result[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:  # cut off
+            del result[place:]
+        elif kind == 2:  # extend
+            result += rng.choice((rng.randbytes(rng.randrange(1, 100)), bytes(100), data[:place]))
+        elif kind == 3:  # splice
+            source = rng.randrange(len(data))
+            result[place : place + length] = data[source : source + length]
+        elif kind == 4:  # leave out
+            del result[place : place + length]
+        elif kind == 5:  # insert
+            result[place:place] = rng.choice((b"[", b"{", b'"', b"\\", b"\xff", b"\0", b"[" * 2000))
+        elif kind == 6:  # a binary number, mostly the first
+            place = rng.choice((0, 0, 0, place))
+            number = rng.choice(_HUGE) % 2**64
+            result[place : place + 8] = number.to_bytes(8, "little")
+        else:  # a number in text
+            numbers = list(re.finditer(rb"\d+", bytes(result)))
+            if numbers:
+                start, end = rng.choice(numbers).span()
+                result[start:end] = str(rng.choice(_HUGE)).encode()
+    return bytes(result)
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container in JSON with every key or index in it."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value)
+    result = []
+    for key, item in items:
+        result.append((value, key))
+        if isinstance(item, dict | list):
+            result += _places(item)
+    return result
+
+
+def mutated_json(value: Any, rng: random.Random) -> Any:
+    """JSON with one to three parts replaced, exchanged, repeated, renamed or left out."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = _places(value)
+        if not places:
+            break
+        holder, key = rng.choice(places)
+        other, other_key = rng.choice(places)
+        kind = rng.randrange(6)
+        if kind == 0:
+            simple = [None, True, 1e308, 0.5, [], {}, [[]], {"node": "x"}, {"tuple": [1]}]
+            holder[key] = rng.choice([*simple, *_HUGE, *_TEXTS])
+        elif kind == 1:
+            holder[key] = copy.deepcopy(other[other_key])
+        elif kind == 2:
+            del holder[key]
+        elif kind == 3 and isinstance(holder, dict):
+            holder[rng.choice([*_TEXTS, str(other_key)])] = holder.pop(key)
+        elif kind == 4 and isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(other[other_key]))
+        elif kind == 5 and isinstance(holder[key], int | float):
+            holder[key] = rng.choice(_HUGE)
+        elif isinstance(holder[key], list):
+            holder[key] = holder[key] * rng.choice((0, 2, 50))
+    return value
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A function that reads files of others.
+
+    Attributes:
+        make: writes a good file in an empty folder, and returns its path.
+        load: reads a file; whatever is wrong with it must raise one of ``refusals``.
+        resealed: bytes with a change inside that a checksum does not reveal, where there is one.
+        refusals: the exceptions that say what is wrong.
+    """
+
+    make: Callable[[Path], Path]
+    load: Callable[[Path], Any]
+    resealed: Callable[[bytes, random.Random], bytes] | None = None
+    refusals: tuple[type[Exception], ...] = (ValueError,)
+
+
+def mutation(loader: Loader, good: bytes, seed: str) -> bytes:
+    """The damaged file of a seed."""
+    rng = random.Random(seed)
+    if loader.resealed is not None and rng.random() < 0.5:
+        return loader.resealed(good, rng)
+    return mutated_bytes(good, rng)
+
+
+def _quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    prepared = qt.prepare(model.eval(), None, x)
+    prepared(x)
+    return qt.convert(prepared)
+
+
+class _Small(nn.Module):
+    """One of each kind of module that a file has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.lstm = nn.LSTM(2, 2)
+        self.heads = nn.ModuleDict({"a": nn.Linear(2, 2)})
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        x = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        return {"a": self.heads["a"](self.lstm(x)[0][:, -1]) * scale}
+
+
+def _make_saved(folder: Path) -> Path:
+    torch.manual_seed(0)
+    qt.save(_quantized(_Small(), batches((2, 1, 4, 4), 1)[0]), folder / "m.qt")
+    return folder / "m.qt"
+
+
+def _make_compiled(folder: Path) -> Path:
+    x = batches((2, 3, 16, 16), 1)[0]
+    quantized = _quantized(settle(Kinds(), (2, 3, 16, 16)), x)
+    qt.save(qt.compile(quantized, x, tune=False), folder / "m.qt")
+    return folder / "m.qt"
+
+
+def _load_saved(*shape: int) -> Callable[[Path], None]:
+    def load(path: Path) -> None:
+        qt.file_info(path)
+        model = qt.load(path)
+        # What a file computes is its own affair, as long as it ends, if only in an exception;
+        # torch.fx prints where.
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with quiet, contextlib.suppress(Exception), torch.no_grad():
+            qt.explain(model)
+            model(batches(shape, 1)[0])
+
+    return load
+
+
+def _reseal_saved(data: bytes, rng: random.Random) -> bytes:
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    meta = header.pop("__metadata__")
+    body = data[8 + length :]
+    if rng.random() < 0.9:
+        meta["document"] = json.dumps(mutated_json(json.loads(meta["document"]), rng))
+    elif rng.random() < 0.5:
+        header = mutated_json(header, rng)
+    else:
+        body = mutated_bytes(body, rng)
+    version = int(meta["version"])
+    meta["sha256"] = container._digest(version, meta["document"], header, [body], len(body))
+    text = json.dumps({"__metadata__": meta, **header}).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def _make_registry(folder: Path) -> Path:
+    torch.manual_seed(0)
+    registry = Registry(folder)
+    model = _quantized(nn.Sequential(nn.Conv2d(1, 2, 3)), batches((2, 1, 4, 4), 1)[0])
+    first = registry.push(model, "net", metrics={"top1": 0.5})
+    registry.tag(first, "release")
+    version = registry.push(model, "net", parent=first)
+    return folder / "versions" / "net" / f"{version.id}.json"
+
+
+def _load_registry(path: Path) -> None:
+    """Reads a registry that holds the record under the name of its own checksum."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "r"
+        shutil.copytree(path.parents[2], root)
+        (root / path.relative_to(path.parents[2])).unlink()
+        data = path.read_bytes()
+        name = hashlib.sha256(data).hexdigest()[:16]
+        (root / "versions" / "net" / f"{name}.json").write_bytes(data)
+        registry = Registry(root)
+        registry.verify()
+        registry.diff("net@release", name)
+        registry.checkout("net")
+
+
+#: By the name that ``scripts/fuzz_loaders.py --loader`` takes.
+LOADERS: dict[str, Loader] = {
+    "save": Loader(_make_saved, _load_saved(2, 1, 4, 4), _reseal_saved),
+    "save_compiled": Loader(_make_compiled, _load_saved(2, 3, 16, 16), _reseal_saved),
+    "registry": Loader(
+        _make_registry,
+        _load_registry,
+        lambda data, rng: json.dumps(mutated_json(json.loads(data), rng)).encode(),
+    ),
+}
