@@ -376,3 +376,24 @@ def test_meta_tensors_tell_the_outputs_shape(mixed):
     (y,) = torch.ops.qtoolkit.run_plan(plan.plan, [images(3).to("meta")])
     assert y.shape == (3, 5)
     assert y.device.type == "meta"
+
+
+class ChannelsLastLinear(nn.Module):
+    """Linear layers on images whose channels are last, as in ConvNeXt and Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(x)).permute(0, 2, 3, 1)
+        return self.down(torch.relu(self.up(x))).permute(0, 3, 1, 2)
+
+
+def test_linear_layers_of_images_stay_outside_plans():
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    prepared = qt.prepare(ChannelsLastLinear().eval(), None, x)
+    prepared(x)
+    quantized = qt.convert(prepared)
+    assert torch.equal(qt.compile(quantized, x)(x), quantized(x))

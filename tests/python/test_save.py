@@ -91,8 +91,11 @@ def test_fresh_process_gives_the_same_bits(tiny, tmp_path):
 
 def test_compiled_model_is_kept_with_its_plans(mixed, tmp_path):
     x = batches((2, 3, 16, 16), 1)[0]
-    compiled = qt.compile(mixed, x, tune=False)
+    compiled = qt.compile(mixed, x)
     loaded = saved_and_loaded(compiled, tmp_path)
+    states = [model.get_submodule("plan_0").plan.state() for model in (compiled, loaded)]
+    assert (states[0][0], states[0][2]) == (states[1][0], states[1][2])
+    assert states[0][2][1], "its tuning is kept"
     assert torch.equal(loaded(x), mixed(x))
     assert torch.equal(torch.jit.script(loaded)(x), mixed(x))
     assert str(loaded.plan) == str(compiled.plan)
@@ -461,7 +464,9 @@ def tensor_header(**changes) -> bytes:
         (raw(b'{"a": NaN}'), "no valid JSON"),
         (raw(b'{"a": 1, "a": 2}'), "appears twice"),
         (raw(b'{"a": ' + b"9" * 5000 + b"}"), "no valid JSON"),
-        (raw(b'{"__metadata__": {"format": "qtoolkit"}}'), "metadata must be"),
+        (raw(b'{"__metadata__": {"format": "qtoolkit"}}'), "its version is 'None'"),
+        (raw(b'{"__metadata__": {"format": "qtoolkit", "version": "1"}}'), "metadata must be"),
+        (raw(b'{"__metadata__": {"format": "qtoolkit", "version": "2"}}'), "update qtoolkit"),
         (raw(tensor_header(), b"1234"), "checksum"),
         (raw(tensor_header(), b"123"), "have 4 bytes"),
         (raw(tensor_header(), b"12345"), "have 4 bytes"),

@@ -121,6 +121,9 @@ class _Compiler:
         called = called_module(node, self.module)
         if isinstance(called, QuantizedModule):
             step = called.plan_step_of_call([s.dtype for s in seen], _numbers(node))
+            # A plan's images have their channels first, those of a linear layer are last.
+            if step is not None and step.kind == "linear" and len(seen[0].shape) == 4:
+                return None
             # Other broadcasting is left to the operators.
             if step is not None and len(seen) == 2 and step.kind in ("add", "conv2d", "mul"):
                 shape = self.seen[node].shape

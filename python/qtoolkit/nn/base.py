@@ -51,9 +51,10 @@ def saved(**attributes: Any) -> Callable[[_Class], _Class]:
 
     Args:
         attributes: by name, the type of an attribute (``bool``, ``int``, ``float``, ``str``, a
-            ``list`` of one, a union with None, a ``Literal``, or ``Any`` for more of these in
-            tuples and dicts), the dtype of a buffer (``Tensor`` for any), or ``QParams`` for what
-            ``_register_qparams`` or ``_register_output`` makes. Every buffer may be None.
+            ``list`` or ``tuple`` of these, a union with None, a ``Literal``, or ``Any`` for more of
+            these in tuples and dicts), the dtype of a buffer (``Tensor`` for any), or ``QParams``
+            for what ``_register_qparams`` or ``_register_output`` makes. Every buffer may be
+            None.
     """
 
     def register(cls: _Class) -> _Class:

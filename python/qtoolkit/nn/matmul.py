@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from qtoolkit import ops
 from qtoolkit.nn.base import QParams, QuantizedModule, code_format, saved
 
 
-@saved(input_formats=Any, a=QParams, b=QParams, output=QParams)
+@saved(input_formats=tuple[str, str], a=QParams, b=QParams, output=QParams)
 class Matmul(QuantizedModule):
     """``a @ b`` of activations, as attention has it; see ``qtoolkit.ops.matmul``.
 

@@ -208,13 +208,19 @@ class Container:
             isinstance(metadata, dict) and metadata.get("format") == FORMAT,
             "it was not written by qtoolkit.save",
         )
+        text = metadata.get("version")
+        good = isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10
+        require(good, f"its version is {str(text)[:80]!r}")
+        self.version = int(text)
+        # First, as what follows may be otherwise in a newer one.
+        require(
+            self.version <= VERSION,
+            f"it has version {text}, this qtoolkit reads up to {VERSION}: update qtoolkit",
+        )
         require(
             metadata.keys() == _KEYS and all(isinstance(v, str) for v in metadata.values()),
             f"its metadata must be {sorted(_KEYS)}",
         )
-        text = metadata["version"]
-        require(text.isascii() and text.isdigit() and len(text) < 10, f"its version is {text!r}")
-        self.version = int(text)
         self._start = 8 + length
         self.entries = self._table(header)
         self.sha256 = metadata["sha256"]
@@ -288,12 +294,8 @@ def migrated(version: int, document: Any, migrations: dict[int, Callable[[Any], 
         migrations: for a version, what makes a document of it one of the next version.
 
     Raises:
-        InvalidFileError: the version is newer than this package, or unknown.
+        InvalidFileError: the version is unknown.
     """
-    require(
-        version <= VERSION,
-        f"it has version {version}, this qtoolkit reads up to {VERSION}: update qtoolkit",
-    )
     for number in range(version, VERSION):
         require(number in migrations, f"version {number} is unknown")
         document = migrations[number](document)

@@ -91,6 +91,10 @@ def _fits(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
         return isinstance(value, list) and all(_fits(v, item) for v in value)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        good = isinstance(value, tuple) and len(value) == len(items)
+        return good and all(_fits(v, item) for v, item in zip(value, items))
     return type(value) is (type(None) if kind is None else kind)
 
 

@@ -61,7 +61,7 @@ class Writer:
         except TypeError as error:
             raise ValueError(
                 f"cannot save {_describe(path, module)}: a file holds no Python code, and this is "
-                f"{error}"
+                f"{error} (qt.explain says which modules could not be captured, and why)"
             ) from error
         first = first_call(module)
         if first in self._paths:
