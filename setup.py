@@ -27,7 +27,10 @@ def usable_cores() -> int:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and installs its libraries, and only those, into the package."""
+    """Runs CMake and installs what it installs, and only that, into the package."""
+
+    # What CMake installs goes there; besides, libraries go into the package's own folder.
+    FOLDERS = ("include", "share")
 
     def run(self) -> None:
         # One build folder for each PyTorch and Python: switching between them rebuilds nothing.
@@ -36,12 +39,17 @@ class CMakeBuild(build_ext):
         folder = self.package_folder(self.inplace)
         subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(folder)])
         manifest = (build / "install_manifest.txt").read_text().split("\n")
-        self.installed = [Path(line).name for line in manifest if line]
-        # What an earlier build left would be loaded, or be part of the wheel. In place, the modules
-        # of other Pythons stay.
-        for library in folder.glob("libqtoolkit_*.so" if self.inplace else "*.so"):
-            if library.name not in self.installed:
-                library.unlink()
+        self.installed = [str(Path(line).relative_to(folder)) for line in manifest if line]
+        self.remove_others(folder)
+
+    def remove_others(self, folder: Path) -> None:
+        """What an earlier build left would be loaded, found by CMake, or be part of the wheel."""
+        # In place, the modules of other Pythons stay.
+        found = [*folder.glob("libqtoolkit_*.so" if self.inplace else "*.so")]
+        found += [path for name in self.FOLDERS for path in (folder / name).rglob("*")]
+        for path in found:
+            if path.is_file() and str(path.relative_to(folder)) not in self.installed:
+                path.unlink()
 
     def run_cmake(self, build: Path) -> None:
         import pybind11

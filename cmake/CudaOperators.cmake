@@ -62,7 +62,7 @@ macro(qtoolkit_add_cuda_operators)
     target_compile_options(qtoolkit_ops_cuda PRIVATE
       $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall>)
     target_include_directories(qtoolkit_ops_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
-    target_link_libraries(qtoolkit_ops_cuda PRIVATE qtoolkit_ops torch_package
+    target_link_libraries(qtoolkit_ops_cuda PRIVATE qtoolkit_ops qtoolkit::torch
       "${TORCH_PACKAGE_DIR}/lib/libtorch_cuda.so" "${TORCH_PACKAGE_DIR}/lib/libc10_cuda.so")
     set_target_properties(qtoolkit_ops_cuda PROPERTIES
       CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Shared

@@ -12,7 +12,8 @@ say "The main job (examples/resnet18.py)"
 python examples/resnet18.py "$@" --output "$output"
 
 say "The saved model in C++ (examples/cpp)"
-cmake -S examples/cpp -B build/examples-cpp -G Ninja --log-level=WARNING -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python"
+cmake -S examples/cpp -B build/examples-cpp -G Ninja --log-level=WARNING \
+  -DCMAKE_PREFIX_PATH="$(python -m qtoolkit --cmake-prefix)" -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python"
 cmake --build build/examples-cpp
 # shellcheck disable=SC2012
 model=$(ls -t "$output"/*_int8.pt | head -n 1)

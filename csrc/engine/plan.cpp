@@ -82,6 +82,7 @@ std::string cpu_name() {
 
 Plan::Plan(ProgramData data, int64_t work_of_thread)
     : data_(std::move(data)), work_of_thread_(work_of_thread) {
+  const std::string cpu = cpu_name();  // throws if the environment names no kernel path
   require(data_.version == ProgramData::kVersion, "a plan of version ", data_.version,
           "; this qtoolkit reads version ", ProgramData::kVersion,
           ": compile the converted model again, or update qtoolkit");
@@ -133,7 +134,7 @@ Plan::Plan(ProgramData data, int64_t work_of_thread)
     at += (step.packed_bytes() + 63) / 64 * 64;
   }
   // Where the CPU is another, the sizes are tuned again when they are met.
-  const bool same_cpu = data_.cpu == cpu_name();
+  const bool same_cpu = data_.cpu == cpu;
   for (TuningData& tuning : data_.tuning) {
     tuning_[std::move(tuning.key)] = same_cpu ? std::move(tuning.choices) : std::vector<int64_t>{};
   }

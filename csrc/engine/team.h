@@ -13,6 +13,15 @@ namespace qtoolkit::engine {
 using Team =
     std::function<void(int64_t threads, const std::function<void(int64_t, int64_t)>& body)>;
 
+// What a thread does in a loop that waits for another.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Where the threads of a team meet between two steps. Steps take microseconds, so a thread spins
 // first; then it yields, because there may be more threads than cores.
 class Barrier {
@@ -38,14 +47,6 @@ class Barrier {
   }
 
  private:
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };

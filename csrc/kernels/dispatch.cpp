@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -106,6 +107,47 @@ bool may_use_amx() {
 }
 #endif
 
+bool cpu_has(Path path) {
+  switch (path) {
+    case Path::reference:
+    case Path::portable:
+      return true;
+#if defined(__x86_64__)
+    // These built-ins also ask the operating system whether it saves the wide registers.
+    case Path::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    case Path::avxvnni:
+      return cpu_has(Path::avx2) && __builtin_cpu_supports("avxvnni");
+    case Path::avx512vnni:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
+    case Path::amx:
+      return cpu_has(Path::avx512vnni) && may_use_amx();
+#elif defined(__aarch64__) && defined(__linux__)
+    case Path::neondot:
+      return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+    default:
+      return false;
+  }
+}
+
+// The best path that the environment variable QTOOLKIT_MAX_PATH allows.
+Path best_allowed() {
+  static const Path best = [] {
+    const char* const text = std::getenv("QTOOLKIT_MAX_PATH");
+    if (text == nullptr || *text == '\0') return Path::amx;
+    const auto path = static_cast<Path>(index_of(kPathNames, text, "QTOOLKIT_MAX_PATH"));
+    if (path == Path::reference) {
+      throw std::invalid_argument(
+          "QTOOLKIT_MAX_PATH must be 'portable' or better, got 'reference'");
+    }
+    return path;
+  }();
+  return best;
+}
+
 }  // namespace
 
 std::string_view name(Path path) { return kPathNames[static_cast<size_t>(path)]; }
@@ -130,31 +172,7 @@ std::vector<Path> all_paths() {
   return result;
 }
 
-bool supported(Path path) {
-  switch (path) {
-    case Path::reference:
-    case Path::portable:
-      return true;
-#if defined(__x86_64__)
-    // These built-ins also ask the operating system whether it saves the wide registers.
-    case Path::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    case Path::avxvnni:
-      return supported(Path::avx2) && __builtin_cpu_supports("avxvnni");
-    case Path::avx512vnni:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
-    case Path::amx:
-      return supported(Path::avx512vnni) && may_use_amx();
-#elif defined(__aarch64__) && defined(__linux__)
-    case Path::neondot:
-      return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-#endif
-    default:
-      return false;
-  }
-}
+bool supported(Path path) { return path <= best_allowed() && cpu_has(path); }
 
 std::vector<Path> paths_of(Kernel kernel) {
   std::vector<Path> result;

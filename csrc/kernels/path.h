@@ -30,7 +30,10 @@ Kernel kernel_of(std::string_view name);
 std::vector<Kernel> all_kernels();
 std::vector<Path> all_paths();
 
-// True if this CPU (and operating system) can run the path.
+// True if this CPU (and operating system) can run the path, and the environment variable
+// QTOOLKIT_MAX_PATH, where it is set, names no lesser one: with `avx2` there the process runs as on
+// a CPU with AVX2 and nothing above. Throws std::invalid_argument if its value is unknown or
+// `reference`.
 bool supported(Path path);
 
 // The paths that the build has for a kernel, whether or not this CPU can run them.

@@ -10,6 +10,7 @@ qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
 
 from qtoolkit import _library  # isort: skip  (loads the operators, which the rest needs)
 from qtoolkit import export, nn, observers, ops, registry
+from qtoolkit._library import cmake_prefix_path
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
 from qtoolkit.compile import compile
@@ -18,6 +19,7 @@ from qtoolkit.dynamic import quantize_dynamic
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
+from qtoolkit.plan_file import load_plan, save_plan
 from qtoolkit.presets import low_bit_qconfig_mapping
 from qtoolkit.qconfig import (
     QConfig,
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "_library",
     "calibrate",
+    "cmake_prefix_path",
     "compare",
     "compile",
     "convert",
@@ -62,6 +65,7 @@ __all__ = [
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
     "load",
+    "load_plan",
     "low_bit_qconfig_mapping",
     "model_size",
     "nn",
@@ -72,5 +76,6 @@ __all__ = [
     "quantize_dynamic",
     "registry",
     "save",
+    "save_plan",
     "synchronize",
 ]

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).resolve().parent
+#: For CMAKE_PREFIX_PATH, so that ``find_package(qtoolkit)`` finds this package.
+cmake_prefix_path = str(_FOLDER / "share" / "cmake")
 _BUILD_AGAIN = "Build it again: pip install --no-build-isolation -e ."
 
 
@@ -48,6 +50,7 @@ def _check_version() -> None:
             f"qtoolkit in {_FOLDER} was built for PyTorch {built_for}, but {torch.__version__} is "
             f"installed; the minor versions must be equal. {_BUILD_AGAIN}"
         )
+    _C.cpu_paths()  # ValueError now, not at the first operator, if QTOOLKIT_MAX_PATH is no path
 
 
 def _load_cuda() -> None:

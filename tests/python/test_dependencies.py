@@ -57,8 +57,10 @@ PYTHON_LAYERS = [
         "compile",
         "registry",
         "saving",
+        "plan_file",
     },
     {""},  # the package itself
+    {"__main__"},
 ]
 # TorchScript cannot pass a plan to a Python function, so its module calls the operator.
 # Export reads graphs of ATen operators.

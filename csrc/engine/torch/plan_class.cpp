@@ -14,6 +14,7 @@
 #include <mutex>
 
 #include "engine/plan.h"
+#include "engine/plan_file.h"
 #include "ops/checks.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -27,11 +28,11 @@ using at::Tensor;
 
 // ValueError instead of std::invalid_argument.
 template <class Call>
-auto checked(const Call& call) {
+auto checked(const Call& call, const char* where = "qtoolkit::run_plan: ") {
   try {
     return call();
   } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, "qtoolkit::run_plan: ", error.what());
+    TORCH_CHECK_VALUE(false, where, error.what());
   }
 }
 
@@ -246,8 +247,14 @@ class PlanHolder : public torch::CustomClassHolder {
  public:
   explicit PlanHolder(const State& state)
       : plan_(checked([&] { return std::make_unique<Plan>(data_of(state)); })) {}
+  explicit PlanHolder(ProgramData data) : plan_(std::make_unique<Plan>(std::move(data))) {}
 
   State state() const { return state_of(plan_->data()); }
+
+  void save(const std::string& path) const { write_plan_file(plan_->data(), path); }
+  static c10::intrusive_ptr<PlanHolder> load(const std::string& path) {
+    return checked([&] { return c10::make_intrusive<PlanHolder>(read_plan_file(path)); }, "");
+  }
 
   std::vector<Outside> outside_inputs(const std::vector<Tensor>& inputs) const {
     const ProgramData& data = plan_->description();
@@ -373,6 +380,8 @@ TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
       .def("__obj_flatten__", &PlanHolder::flatten)
       .def("__eq__",
            [](const PlanPointer& self, const PlanPointer& other) { return self == other; })
+      .def("save", &PlanHolder::save)
+      .def_static("load", &PlanHolder::load)
       .def_pickle([](const PlanPointer& self) { return self->state(); },
                   [](const State& state) { return c10::make_intrusive<PlanHolder>(state); });
   m.def("run_plan(__torch__.torch.classes.qtoolkit.Plan plan, Tensor[] inputs) -> Tensor[]",

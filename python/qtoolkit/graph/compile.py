@@ -210,14 +210,12 @@ class _Compiler:
     def _replace(self, part: _Part) -> None:
         self._fold_contiguous(part)
         inside = dict(part.nodes)
-        values: dict[fx.Node, int] = {}
         state = _State()
-        for node in inside:
-            for source in self._arguments(node):
-                if source not in inside and source not in values:
-                    values[source] = len(part.inputs)
-                    part.inputs.append(source)
-                    state.inputs.append(self._input_of(source, inside))
+        sources = {source for node in inside for source in self._arguments(node)}
+        # In the order of the graph: a plan that is the whole network takes what its forward takes.
+        part.inputs = [n for n in self.module.graph.nodes if n in sources and n not in inside]
+        values = {source: i for i, source in enumerate(part.inputs)}
+        state.inputs = [self._input_of(source, inside) for source in part.inputs]
         count = len(part.inputs)
         layers: list[PlanLayer] = []
 

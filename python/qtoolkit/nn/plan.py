@@ -40,6 +40,15 @@ class Plan(nn.Module):
         self.plan = ops.make_plan(state)
         self.layers = layers
 
+    @classmethod
+    def load(cls, path: str) -> Plan:
+        """A plan from a file; it has no ``layers``. Errors as ``ops.load_plan``."""
+        loaded = cls.__new__(cls)
+        nn.Module.__init__(loaded)
+        loaded.plan = ops.load_plan(path)
+        loaded.layers = []
+        return loaded
+
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         return torch.ops.qtoolkit.run_plan(self.plan, inputs)
 
@@ -57,7 +66,7 @@ class Plan(nn.Module):
         self.plan = ops.make_plan(state["plan"])
 
     def extra_repr(self) -> str:
-        return f"{len(self.layers)} steps"
+        return f"{len(self.layers)} steps" if self.layers else "from a file"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from qtoolkit.ops.low_bit import (
     fake_quantize_ternary,
 )
 from qtoolkit.ops.normalization import layer_norm, softmax
-from qtoolkit.ops.plan import make_plan, run_plan
+from qtoolkit.ops.plan import load_plan, make_plan, run_plan
 from qtoolkit.ops.qdq import qdq_dequantize, qdq_quantize
 from qtoolkit.ops.shapes import (
     channel_shuffle,
@@ -96,6 +96,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_dynamic",
+    "load_plan",
     "lookup",
     "make_plan",
     "matmul",

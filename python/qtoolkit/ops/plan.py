@@ -20,6 +20,16 @@ def make_plan(state: tuple[Any, ...]) -> Any:
     return torch.classes.qtoolkit.Plan(state)
 
 
+def load_plan(path: str) -> Any:
+    """A plan from a file that ``plan.save(path)`` wrote; see ``csrc/engine/plan_file.h``.
+
+    Raises:
+        RuntimeError: the file cannot be read.
+        ValueError: the file is damaged, or of a newer version.
+    """
+    return torch.classes.qtoolkit.Plan.load(path)
+
+
 def run_plan(plan: Any, inputs: list[Tensor]) -> list[Tensor]:
     """The outputs of a plan.
 
