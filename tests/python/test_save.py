@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -403,9 +404,6 @@ HOSTILE = {
     "tensor's dtype": set_layer("stem", "buffers", "weight", value="stem.bias"),
     "tensor's name": set_layer("stem", "buffers", "weight", value=["stem.weight"]),
     "buffer": set_layer("stem", "buffers", "forward", value="stem.weight"),
-    "unused tensors": lambda d: (
-        d["model"].update(children={}) or d["model"].update(nodes=[d["model"]["nodes"][-1]])
-    ),
     "same": lambda d: d["model"]["children"].update(stem={"kind": "same", "path": "self"}),
     "report": lambda d: d.update(report=None),
     "inputs": lambda d: d["report"].update(inputs=10**9),
@@ -423,6 +421,63 @@ def test_hostile_documents_are_refused(mixed, tmp_path, change):
     with pytest.raises(qt.InvalidFileError, match=re.escape(f"cannot load '{hostile}': ")):
         qt.load(hostile)
     assert not os.path.exists("/tmp/qtoolkit-was-here")
+
+
+def test_tensors_that_no_layer_uses_are_refused(mixed, tmp_path):
+    def change(document):
+        first, *_, last = document["model"]["nodes"]
+        last["args"] = [{"node": first["name"]}]
+        document["model"].update(nodes=[first, last], children={})
+
+    qt.save(mixed, tmp_path / "m.qt")
+    with pytest.raises(qt.InvalidFileError, match="no layer uses its tensors"):
+        qt.load(rewritten(tmp_path / "m.qt", change))
+
+
+def texts(value, path=()):
+    """The path of every text in JSON, and of every key."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        if isinstance(value, dict):
+            yield path, key
+        if isinstance(item, str):
+            yield (*path, key), None
+        elif isinstance(item, dict | list):
+            yield from texts(item, (*path, key))
+
+
+def test_no_text_of_a_file_becomes_code(tiny, tmp_path):
+    qt.save(tiny, tmp_path / "m.qt")
+    mark = tmp_path / "mark"
+    code = f"open({str(mark)!r}, 'w')"
+    payloads = [code, f'x"); {code}; ("', f"x\n    {code}\n", f"x, y={code}"]
+    x = batches((2, 1, 4, 4), 1)[0]
+    with container.opened(tmp_path / "m.qt") as file:
+        places = list(texts({"model": file.document["model"]}))
+    refused = 0
+    for path, key in places:
+        for payload in payloads:
+
+            def change(document, path=path, key=key, payload=payload):
+                *parents, leaf = path if key is None else (*path, key)
+                for part in parents:
+                    document = document[part]
+                if key is None:
+                    document[leaf] = payload
+                else:
+                    document[payload] = document.pop(key)
+
+            try:
+                model = qt.load(rewritten(tmp_path / "m.qt", change))
+            except qt.InvalidFileError:
+                refused += 1
+                continue
+            with contextlib.suppress(Exception):
+                model(x)
+            with contextlib.suppress(Exception):
+                torch.jit.script(model)
+    assert refused > len(places)
+    assert not mark.exists()
 
 
 def test_hostile_float_layers_take_no_memory(tmp_path):

@@ -160,6 +160,10 @@ _KINDS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
+class _NamedError(InvalidFileError):
+    """The message begins with the name of the innermost module that is wrong."""
+
+
 class Reader:
     """Makes modules from a file."""
 
@@ -184,11 +188,11 @@ class Reader:
             self._depth += 1
             require(self._depth <= 100, "modules are nested too deeply")
             result = self._checked(data, path)
-        except (InvalidFileError, ImportError, MemoryError):
+        except (_NamedError, ImportError, MemoryError):
             raise
         except Exception as error:
             # Constructors of PyTorch raise all sorts for options that make no sense.
-            raise InvalidFileError(f"{path or 'the model'}: {error}") from error
+            raise _NamedError(f"{path or 'the model'}: {error}") from error
         finally:
             self._depth -= 1
         self._modules.setdefault(path, result)
@@ -210,14 +214,13 @@ class Reader:
         return self._container.entries.keys() - self._tensors.keys()
 
     def _checked(self, data: Any, path: str) -> nn.Module:
-        where = path or "the model"
-        require(isinstance(data, dict) and "kind" in data, f"{where} is no module")
+        require(isinstance(data, dict) and "kind" in data, "it is no module")
         kind = data["kind"]
         known = isinstance(kind, str) and kind in _KINDS
-        require(known, f"{where} is of the unknown kind {str(kind)[:80]!r}")
+        require(known, f"unknown kind {str(kind)[:80]!r}")
         needed, optional = _KINDS[kind]
         keys = data.keys() - {"kind", "further_call_of"}
-        require(needed <= keys <= needed | optional, f"{where} has other keys than a {kind}")
+        require(needed <= keys <= needed | optional, f"it has other keys than a {kind}")
         makers: dict[str, Callable[[Any, str], nn.Module]] = {
             "same": self._same,
             "quantized": self._quantized,
@@ -227,14 +230,9 @@ class Reader:
             "container": self._container_of,
             "float": self._float,
         }
-        try:
-            module = makers[kind](data, path)
-            if "further_call_of" in data:
-                mark_further_call(module, self._known(data["further_call_of"]))
-        except InvalidFileError as error:
-            # The innermost module is named; those around it add nothing.
-            message = str(error)
-            raise InvalidFileError(message if ": " in message else f"{where}: {message}") from error
+        module = makers[kind](data, path)
+        if "further_call_of" in data:
+            mark_further_call(module, self._known(data["further_call_of"]))
         return module
 
     def _known(self, path: Any) -> nn.Module:
