@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import Kinds, batches, settle
+from networks import Kinds, batches, quantize, settle
 from torch import nn
 
 import qtoolkit as qt
@@ -155,12 +155,6 @@ def mutation(loader: Loader, good: bytes, seed: str) -> bytes:
     return mutated_bytes(good, rng)
 
 
-def _quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    prepared = qt.prepare(model.eval(), None, x)
-    prepared(x)
-    return qt.convert(prepared)
-
-
 class _Small(nn.Module):
     """One of each kind of module that a file has."""
 
@@ -177,13 +171,13 @@ class _Small(nn.Module):
 
 def _make_saved(folder: Path) -> Path:
     torch.manual_seed(0)
-    qt.save(_quantized(_Small(), batches((2, 1, 4, 4), 1)[0]), folder / "m.qt")
+    qt.save(quantize(_Small(), batches((2, 1, 4, 4), 1)[0]), folder / "m.qt")
     return folder / "m.qt"
 
 
 def _make_compiled(folder: Path) -> Path:
     x = batches((2, 3, 16, 16), 1)[0]
-    quantized = _quantized(settle(Kinds(), (2, 3, 16, 16)), x)
+    quantized = quantize(settle(Kinds(), (2, 3, 16, 16)), x)
     qt.save(qt.compile(quantized, x, tune=False), folder / "m.qt")
     return folder / "m.qt"
 
@@ -222,7 +216,7 @@ def _reseal_saved(data: bytes, rng: random.Random) -> bytes:
 def _make_registry(folder: Path) -> Path:
     torch.manual_seed(0)
     registry = Registry(folder)
-    model = _quantized(nn.Sequential(nn.Conv2d(1, 2, 3)), batches((2, 1, 4, 4), 1)[0])
+    model = quantize(nn.Sequential(nn.Conv2d(1, 2, 3)), batches((2, 1, 4, 4), 1)[0])
     first = registry.push(model, "net", metrics={"top1": 0.5})
     registry.tag(first, "release")
     version = registry.push(model, "net", parent=first)

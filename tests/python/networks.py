@@ -9,6 +9,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
+import qtoolkit as qt
+
 
 class Block(nn.Module):
     """A residual block with two convolutions and a projection."""
@@ -101,6 +103,16 @@ def settle(model: nn.Module, shape: tuple[int, ...], seed: int = 0) -> nn.Module
         for _ in range(5):
             model(torch.randn(shape, generator=generator))
     return model.eval()
+
+
+def quantize(
+    model: nn.Module, *inputs: Tensor, mapping: qt.QConfigMapping | None = None
+) -> nn.Module:
+    """A float model as converted after calibration on its example inputs."""
+    prepared = qt.prepare(model.eval(), mapping, inputs)
+    with torch.no_grad():
+        prepared(*inputs)
+    return qt.convert(prepared)
 
 
 def batches(shape: tuple[int, ...], count: int = 4, seed: int = 1) -> list[Tensor]:

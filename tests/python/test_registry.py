@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import batches
+from networks import batches, quantize
 from torch import nn
 
 import qtoolkit as qt
@@ -20,11 +20,8 @@ from qtoolkit.registry import Registry
 
 def make(seed: int = 0, mapping: qt.QConfigMapping | None = None) -> nn.Module:
     torch.manual_seed(seed)
-    x = batches((2, 1, 4, 4), 1)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
-    prepared = qt.prepare(model, mapping, (x[0],))
-    qt.calibrate(prepared, x, progress=False)
-    return qt.convert(prepared)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    return quantize(model, *batches((2, 1, 4, 4), 1), mapping=mapping)
 
 
 @pytest.fixture(scope="module")
