@@ -40,6 +40,9 @@ def _whole_plan(model: nn.Module) -> tuple[Plan, list[int], list[int]]:
         for node in model.graph.nodes
         if node.target is operator.getitem and node.args[0] in calls
     }
+    for node in model.graph.nodes:  # only where the result lies in memory, which a program is told
+        if node.op == "call_method" and node.target == "contiguous" and node.args[0] in parts:
+            parts[node] = parts[node.args[0]]
     allowed = {*arguments, *calls, *parts}
     others = [n for n in model.graph.nodes if n not in allowed and n.op != "output"]
     if others or len(calls) != 1:
@@ -48,15 +51,12 @@ def _whole_plan(model: nn.Module) -> tuple[Plan, list[int], list[int]]:
     (call,) = calls
     (result,) = next(n for n in model.graph.nodes if n.op == "output").args
     leaves = pytree.tree_leaves(result)
-    if any(leaf not in parts for leaf in leaves) or len({*leaves}) != len(leaves):
+    order = [parts[leaf] for leaf in leaves if leaf in parts]
+    if len({*order}) != len(leaves):
         raise ValueError("save_plan: the model returns an input, a constant, or a value twice")
     plan = model.get_submodule(call.target)
     assert isinstance(plan, Plan)
-    return (
-        plan,
-        [arguments.index(node) for node in call.args[0]],
-        [parts[leaf] for leaf in leaves],
-    )
+    return plan, [arguments.index(node) for node in call.args[0]], order
 
 
 def _with_outputs(plan: Any, order: list[int]) -> Any:
@@ -72,8 +72,8 @@ def save_plan(model: nn.Module, path: str | os.PathLike[str], example_inputs: An
 
     C++ programs run it through ``qtoolkit/plan.h`` (``find_package(qtoolkit COMPONENTS engine)``),
     ``load_plan`` in Python. Its inputs and outputs are those of ``model.forward`` in their order,
-    without arguments that the network does not read. It gives the model's bits on every CPU; what
-    ``compile`` measured is kept for CPUs like this one.
+    without arguments that the network does not read; outputs of rank 4 may be channels_last. It
+    gives the model's bits on every CPU; what ``compile`` measured is kept for CPUs like this one.
 
     Args:
         model: the result of ``qt.compile``, all of it one plan; it is not changed.

@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,10 +239,36 @@ def _load_registry(path: Path) -> None:
         registry.checkout("net")
 
 
+def _make_plan(folder: Path) -> Path:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)]
+    x = batches((2, 3, 16, 16), 1)[0]
+    compiled = qt.compile(quantize(nn.Sequential(*layers), x), x, tune=False)
+    qt.save_plan(compiled, folder / "m.qtplan", x)
+    return folder / "m.qtplan"
+
+
+def _load_plan(path: Path) -> None:
+    plan = qt.load_plan(path)
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        plan([batches((1, 3, 16, 16), 1)[0]])
+
+
+def _reseal_plan(data: bytes, rng: random.Random) -> bytes:
+    """Changes the metadata; see csrc/engine/plan_file.h."""
+    start, end = 40, 40 + int.from_bytes(data[24:32], "little")
+    metadata = mutated_bytes(data[start:end], rng)
+    size = len(data) - (end - start) + len(metadata)
+    header = data[:12] + zlib.crc32(metadata).to_bytes(4, "little")
+    header += size.to_bytes(8, "little") + len(metadata).to_bytes(8, "little") + bytes(4)
+    return header + zlib.crc32(header).to_bytes(4, "little") + metadata + data[end:]
+
+
 #: By the name that ``scripts/fuzz_loaders.py --loader`` takes.
 LOADERS: dict[str, Loader] = {
     "save": Loader(_make_saved, _load_saved(2, 1, 4, 4), _reseal_saved),
     "save_compiled": Loader(_make_compiled, _load_saved(2, 3, 16, 16), _reseal_saved),
+    "plan": Loader(_make_plan, _load_plan, _reseal_plan),
     "registry": Loader(
         _make_registry,
         _load_registry,

@@ -64,6 +64,15 @@ def test_inputs_and_outputs_are_those_of_forward_in_their_order(tmp_path):
     assert torch.equal(other, expected["others"][0])
 
 
+def test_a_network_that_ends_with_images(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    fast = qt.compile(converted(nn.Sequential(*layers), (images(0),)), images(0))
+    qt.save_plan(fast, tmp_path / "m.qtplan", images(0))
+    (found,) = qt.load_plan(tmp_path / "m.qtplan")([images(1)])
+    assert torch.equal(found, fast(images(1)))
+
+
 def test_what_is_not_one_plan_is_refused_and_named(tmp_path):
     path = tmp_path / "m.qtplan"
     quantized = simple()
