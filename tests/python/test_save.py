@@ -10,6 +10,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,14 @@ def rejected_models():
     hooked = quantize(nn.Sequential(nn.Linear(4, 4)), x)
     hooked.get_submodule("0").register_forward_hook(lambda *_: None)
     yield hooked, r"cannot save 0 \(qtoolkit.nn.linear.Linear\).*forward hooks"
+    hooked = quantize(nn.Sequential(nn.Linear(4, 4)), x)
+    hooked.register_forward_pre_hook(lambda *_: None)
+    yield hooked, "cannot save the model itself .*forward hooks"
+    reads = quantize(nn.Sequential(nn.Linear(4, 4)), x)
+    with reads.graph.inserting_after(next(iter(reads.graph.nodes))), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reads.graph.get_attr("0.input_format")
+    yield reads, r"cannot save .* reads 0\.input_format, which is no parameter or buffer"
     dynamic = qt.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), Uncaptured()))
     yield dynamic, "cannot save 1 "
     simulated = qt.prepare_qat(nn.Linear(4, 4), MAPPINGS["fp8"], (x,))

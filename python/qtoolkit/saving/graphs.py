@@ -18,22 +18,24 @@ from qtoolkit.saving.values import decode, decode_type, encode, encode_type
 _KEYS = {"op", "name", "target", "args", "kwargs", "type"}
 
 
-def encode_graph(graph: fx.Graph) -> list[dict[str, Any]]:
+def encode_graph(module: fx.GraphModule) -> list[dict[str, Any]]:
     """The nodes of a graph as JSON.
 
     Raises:
         TypeError: a call or an argument has no place in a file; the message says which.
     """
-    if type(graph._codegen) is not fx.graph.CodeGen:
+    if type(module.graph._codegen) is not fx.graph.CodeGen:
         raise TypeError("a graph with inputs or outputs of its own kind (pytrees)")
     result = []
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         target = node.target
         if node.op == "call_function":
             target = allowed.name_of(node.target)
             if target is None:
                 name = getattr(node.target, "__qualname__", node.target)
                 raise TypeError(f"a call of {getattr(node.target, '__module__', '')}.{name}")
+        if node.op == "get_attr" and not isinstance(_registered(module, target), Tensor):
+            raise TypeError(f"a graph that reads {target}, which is no parameter or buffer")
         if node.op == "call_method" and target not in allowed.METHODS:
             raise TypeError(f"a call of the method {target}")
         entry = {
@@ -53,7 +55,12 @@ def find(module: nn.Module, path: str) -> Any:
 
     Looks at nothing but what is registered, unlike ``getattr``.
     """
-    *parents, leaf = check_path(path, "a layer")
+    check_path(path, "a layer")
+    return _registered(module, path)
+
+
+def _registered(module: nn.Module, path: str) -> Any:
+    *parents, leaf = path.split(".")
     for name in parents:
         child = module._modules.get(name)
         if child is None:

@@ -53,6 +53,8 @@ class Writer:
             return {"kind": "same", "path": self._paths[module]}
         self._paths[module] = path
         try:
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise TypeError("a module with forward hooks")
             if not isinstance(module, fx.GraphModule | QuantizedModule | Plan | PlanReportHolder):
                 reason = None if type(module) in allowed.CONTAINER_NAMES else not_plain(module)
                 if reason is not None:
@@ -70,8 +72,6 @@ class Writer:
 
     def _kind(self, module: nn.Module, path: str) -> dict[str, Any]:
         if isinstance(module, QuantizedModule):
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise TypeError("a layer with forward hooks")
             return {
                 "kind": "quantized",
                 "type": type(module).__name__,
@@ -85,7 +85,7 @@ class Writer:
         result: dict[str, Any]
         if isinstance(module, fx.GraphModule):
             result = {"kind": "graph", "name": type(module).__name__}
-            result["nodes"] = encode_graph(module.graph)
+            result["nodes"] = encode_graph(module)
         elif type(module) in allowed.CONTAINER_NAMES:
             result = {"kind": "container", "type": allowed.CONTAINER_NAMES[type(module)]}
         elif type(module) in allowed.LAYER_NAMES:
