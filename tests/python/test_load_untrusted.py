@@ -200,6 +200,27 @@ def test_hostile_float_layers_take_no_memory(tmp_path):
             qt.load(rewritten(tmp_path / "m.qt", change))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer["options"].update(activation="eval"),
+        lambda layer: layer["options"].pop("activation"),
+        lambda layer: layer["options"].update(norm_first=1),
+        lambda layer: layer["options"].update(forward="relu"),
+        lambda layer: layer["children"].pop("norm1"),
+        lambda layer: layer["children"].update(norm3=layer["children"]["norm1"]),
+        lambda layer: layer.update(type="torch.nn.Transformer"),
+    ],
+)
+def test_hostile_transformers_are_refused(tmp_path, change):
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    qt.save(qt.quantize_dynamic(nn.Sequential(layer)), tmp_path / "m.qt")
+    with pytest.raises(qt.InvalidFileError, match=": 0: "):
+        qt.load(
+            rewritten(tmp_path / "m.qt", lambda d: change(d["model"]["children"]["0"]) and None)
+        )
+
+
 def raw(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
     size = len(header) if length is None else length
     return size.to_bytes(8, "little") + header + data

@@ -156,6 +156,22 @@ def test_dynamically_quantized_model_of_torch_modules(tmp_path):
     assert qt.explain(loaded) == qt.explain(quantized)
 
 
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(8)])
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()])
+def test_transformer_encoder_with_dynamic_layers(tmp_path, norm, activation):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 8)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    quantized = qt.quantize_dynamic(model)
+    loaded = saved_and_loaded(quantized, tmp_path)
+    for options in ({}, {"src_key_padding_mask": mask}):
+        assert torch.equal(loaded(x, **options), quantized(x, **options))
+    assert list(loaded.state_dict()) == list(quantized.state_dict())
+    assert qt.explain(loaded) == qt.explain(quantized)
+
+
 def test_qat_model_with_a_float_batch_norm(tmp_path):
     mapping = qt.get_default_qat_qconfig_mapping().set_module_name("0", None)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))

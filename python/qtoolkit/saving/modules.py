@@ -15,6 +15,12 @@ from qtoolkit.nn import QuantizedModule
 from qtoolkit.nn.plan import Plan, PlanLayer, PlanReport, PlanReportHolder, StepReport
 from qtoolkit.nn.sharing import first_call, mark_further_call
 from qtoolkit.saving import allowed, layers
+from qtoolkit.saving.composites import (
+    COMPOSITE_NAMES,
+    COMPOSITES,
+    composite_options,
+    make_composite,
+)
 from qtoolkit.saving.container import Container, InvalidFileError, require
 from qtoolkit.saving.graphs import decode_graph, encode_graph
 from qtoolkit.saving.names import check_identifier, check_name, is_name
@@ -91,6 +97,9 @@ class Writer:
         elif type(module) in allowed.LAYER_NAMES:
             result = {"kind": "float", "type": allowed.LAYER_NAMES[type(module)]}
             result["options"] = layers.float_options(module)
+        elif type(module) in COMPOSITE_NAMES:
+            result = {"kind": "composite", "type": COMPOSITE_NAMES[type(module)]}
+            result["options"] = composite_options(module)
         else:
             raise TypeError("a class of which files know nothing")
         result["parameters"] = self._tensors(module._parameters, path)
@@ -156,6 +165,7 @@ _KINDS: dict[str, tuple[set[str], set[str]]] = {
     "plan_report": ({"report"}, set()),
     "graph": (_GRAPH_KEYS, _HOLDER_KEYS),
     "container": ({"type"}, _HOLDER_KEYS),
+    "composite": ({"type", "options"}, {"children"}),
     "float": ({"type"}, {"options", *_HOLDER_KEYS}),
 }
 
@@ -228,6 +238,7 @@ class Reader:
             "plan_report": self._plan_report,
             "graph": self._graph,
             "container": self._container_of,
+            "composite": self._composite,
             "float": self._float,
         }
         module = makers[kind](data, path)
@@ -299,6 +310,12 @@ class Reader:
         module = allowed.CONTAINERS[kind]()
         self._fill(module, data, path)
         return module.eval()
+
+    def _composite(self, data: Any, path: str) -> nn.Module:
+        kind = data["type"]
+        good = isinstance(kind, str) and kind in COMPOSITES
+        require(good, f"unknown type {str(kind)[:80]!r}")
+        return make_composite(kind, data["options"], self._children(data, path)).eval()
 
     def _float(self, data: Any, path: str) -> nn.Module:
         kind = data["type"]
