@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qtoolkit.export import registry
 from qtoolkit.export.files import staged
 from qtoolkit.export.program import QdqProgram, tensors_of
 from qtoolkit.export.verify import compare_layers, compare_output
+from qtoolkit.nn import QParams
 
 
 class Everything(nn.Module):
@@ -60,12 +62,8 @@ def model() -> nn.Module:
     return Everything().eval()
 
 
-@pytest.mark.parametrize("target", ["x86", "tensorrt"])
-def test_the_qdq_form_computes_the_models_codes(model, x, target):
-    quantized = converted(model, x, target)
-    program = QdqProgram.trace(quantized, (x[:1],))
-    assert program.fixed_batch is None
-    outputs, codes = program.run([x])
+def codes_of(quantized: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output of a converted model, and what its layers give."""
     codes_of_layers = {}
     hooks = [
         module.register_forward_hook(lambda _, __, y, n=name: codes_of_layers.__setitem__(n, y))
@@ -76,6 +74,18 @@ def test_the_qdq_form_computes_the_models_codes(model, x, target):
         expected = quantized(x)
     for hook in hooks:
         hook.remove()
+    return expected, codes_of_layers
+
+
+@pytest.mark.parametrize("target", ["x86", "tensorrt"])
+def test_the_qdq_form_computes_the_models_codes(model, x, target):
+    quantized = converted(model, x, target)
+    # The model does not round the value before an addition.
+    quantized.point.branch_scale = quantized.point.branch_zero_point = None
+    program = QdqProgram.trace(quantized, (x[:1],))
+    assert program.fixed_batch is None
+    outputs, codes = program.run([x])
+    expected, codes_of_layers = codes_of(quantized, x)
     common = codes.keys() & codes_of_layers.keys()
     assert len(common) > 12
     # Each layer is computed from the model's own codes, so roundings do not accumulate.
@@ -87,6 +97,30 @@ def test_the_qdq_form_computes_the_models_codes(model, x, target):
         # Bilinear weights are quarters: many values lie half way between two codes.
         most = 0.03 if name == "interpolate" else 0.001
         assert (difference > 0).double().mean() < most, name
+    assert compare_output(expected, outputs[0], None).sqnr > 30
+
+
+@pytest.mark.parametrize("target", ["x86", "tensorrt"])
+def test_a_value_before_an_addition_is_rounded_as_two_integer_layers_do(model, x, target):
+    quantized = converted(model, x, target)
+    expected, codes = codes_of(quantized, x)
+    outputs, again = QdqProgram.trace(quantized, (x,)).run([x], codes)
+    layer = quantized.point
+    low, high = (-128, 127) if target == "tensorrt" else (0, 255)
+    branch = QParams(layer.branch_scale, layer.branch_zero_point, low, high)
+    residual = QParams(layer.residual_scale, layer.residual_zero_point, low, high)
+    output = QParams(layer.output_scale, layer.output_zero_point, layer.quant_min, layer.quant_max)
+    convolution = copy.deepcopy(layer)
+    convolution._register_qparams("residual", None)
+    convolution._register_output(branch)
+    convolution.relu = False
+    addition = qt.nn.Add(branch, residual, output=output, relu=True)
+    before = convolution(codes["depthwise"])
+    for name, right in (("point.branch", before), ("point", addition(before, codes["stem"]))):
+        difference = (again[name].int() - right.int()).abs()
+        assert difference.max() <= 1, name
+        assert (difference > 0).double().mean() < 0.001, name
+    assert before.unique().numel() > 100
     assert compare_output(expected, outputs[0], None).sqnr > 30
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
@@ -24,6 +25,7 @@ from qtoolkit.graph.normalize import (
 )
 from qtoolkit.graph.notes import Note, change_note, note_of, qconfig_of, set_note
 from qtoolkit.graph.patterns import Match, pattern_of
+from qtoolkit.graph.patterns.branch import branch_spec
 from qtoolkit.graph.patterns.weighted import set_submodule
 from qtoolkit.graph.plain import not_plain
 from qtoolkit.graph.report import FloatLayer, Report, set_report
@@ -265,6 +267,8 @@ def _prepare_graph(
             assert isinstance(first, Observer)
             shared = SharedObserver(first, records=node not in covered)
             _insert_observer(module, node, suffix, shared)
+    if not qat:
+        _observe_branches(matches, module, device)
     module.graph.lint()
     module.recompile()
 
@@ -303,6 +307,22 @@ def _insert_observer(
     for user in list(node.users):
         if user is not call:
             user.replace_input_with(node, call)
+
+
+def _observe_branches(
+    matches: list[Match], module: fx.GraphModule, device: torch.device | None
+) -> None:
+    """Puts an observer before every fused addition; see ``patterns.branch``."""
+    for match in matches:
+        if match.branch is None:
+            continue
+        note = note_of(called_module(match.anchor, module))
+        assert note is not None
+        assert note.qconfig is not None
+        assert note.qconfig.activation is not None
+        name = f"{note.source} (before the addition)"
+        observer = make_observer(branch_spec(note.qconfig.activation), name).to(device)
+        _insert_observer(module, match.branch, "observer", observer.train(module.training))
 
 
 def _make_batch_norms_freezable(module: fx.GraphModule) -> None:

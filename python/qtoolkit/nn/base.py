@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,8 @@ class QuantizedModule(nn.Module):
     float_node = ""
     #: Whether ReLU follows its function, before the output is quantized.
     relu = False
+    #: Buffers that pickles, checkpoints and files of older versions lack; they are None then.
+    newer_buffers = cast("tuple[str, ...]", ())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves to another device; scales keep their dtype under ``.half()`` and the like."""
@@ -147,8 +149,21 @@ class QuantizedModule(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self.newer_buffers:
+            self._buffers.setdefault(name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # With the ranges of a checkpoint that lacks them, one's own would be of other ranges.
+        for name in self.newer_buffers if prefix + "input_scale" in state_dict else ():
+            known = state_dict.get(prefix + name)
+            device = self.input_scale.device
+            value = None if known is None else torch.empty_like(known, device=device)
+            self.register_buffer(name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._clip_output()
 
     if TYPE_CHECKING:

@@ -35,15 +35,22 @@ _CONV: dict[str, Any] = {
 }
 
 
-@saved(**_CONV, residual=QParams)
+@saved(**_CONV, residual=QParams, branch=QParams)
 class Conv2d(QuantizedModule):
     """2-D convolution on codes, with ReLU and the addition of a second input fused where asked.
 
     ``y = requantize(sum(w * (x - x_zero_point)) + bias + residual)``; see ``qtoolkit.ops.conv2d``.
     Input ``[N, C, H, W]`` codes; output codes, or float32 where ``output`` is None.
+
+    Attributes:
+        branch_scale, branch_zero_point: the quantization that fits the result before the addition,
+            in 8-bit codes (int8 where the output's are, else uint8). It changes nothing here, where
+            that value is never rounded: it is for exports to runtimes that add in a layer of its
+            own. None without an addition, and in models that were saved before there was one.
     """
 
     kernel = "conv2d"
+    newer_buffers = ("branch_scale", "branch_zero_point")
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class Conv2d(QuantizedModule):
         input: QParams,
         output: QParams | None,
         residual: QParams | None = None,
+        branch: QParams | None = None,
         relu: bool = False,
         upper: float | None = None,
     ) -> None:
@@ -73,6 +81,7 @@ class Conv2d(QuantizedModule):
         self.input_format = input.format
         self._register_qparams("input", input)
         self._register_qparams("residual", residual)
+        self._register_qparams("branch", branch)
         self._register_output(output, upper)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -147,7 +156,7 @@ def is_depthwise(weight: Tensor, groups: int) -> bool:
     return groups == weight.shape[0] and weight.shape[1] == 1 and groups > 1
 
 
-@saved(**_CONV, residual=QParams)
+@saved(**_CONV, residual=QParams, branch=QParams)
 class DepthwiseConv2d(Conv2d):
     """``Conv2d`` with one input and one output channel in each group."""
 
@@ -162,11 +171,12 @@ def make_conv2d(
     return kind(weight, bias, groups=groups, **options)  # type: ignore[arg-type]
 
 
-@saved(**_CONV, residual=QParams, kernel=Literal["conv2d", "conv2d_depthwise"])
+@saved(**_CONV, residual=QParams, branch=QParams, kernel=Literal["conv2d", "conv2d_depthwise"])
 class Conv1d(QuantizedModule):
     """1-D convolution on codes ``[N, C, L]``, seen as images of one row; the rest as ``Conv2d``."""
 
     kernel = "conv2d"
+    newer_buffers = Conv2d.newer_buffers
 
     def __init__(
         self,
@@ -180,6 +190,7 @@ class Conv1d(QuantizedModule):
         input: QParams,
         output: QParams | None,
         residual: QParams | None = None,
+        branch: QParams | None = None,
         relu: bool = False,
         upper: float | None = None,
     ) -> None:
@@ -198,6 +209,7 @@ class Conv1d(QuantizedModule):
         self.input_format = input.format
         self._register_qparams("input", input)
         self._register_qparams("residual", residual)
+        self._register_qparams("branch", branch)
         self._register_output(output, upper)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

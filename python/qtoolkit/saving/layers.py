@@ -156,6 +156,7 @@ def make_quantized(name: str, options: Any, buffers: dict[str, Tensor | None]) -
     good = isinstance(options, dict) and options.keys() == wanted
     require(good, f"the options of a {name} must be {sorted(wanted)}")
     wanted = schema.keys() - wanted
+    buffers = {**buffers, **{key: None for key in cls.newer_buffers if key not in buffers}}
     require(buffers.keys() == wanted, f"the buffers of a {name} must be {sorted(wanted)}")
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)

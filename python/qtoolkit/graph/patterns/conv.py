@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from qtoolkit.graph.modules import pair
+from qtoolkit.graph.patterns.branch import branch_qparams
 from qtoolkit.graph.patterns.fusing import Chain
 from qtoolkit.graph.patterns.registry import Match, Pattern, register_pattern
 from qtoolkit.graph.patterns.weighted import (
@@ -61,7 +62,7 @@ class ConvPattern(Pattern):
             chain.relu,
             chain.upper,
             chain.batch_norm,
-            bool(residual),
+            chain.branch,
         )
 
     def prepare_qat(self, match: Match, module: fx.GraphModule, qconfig: QConfig) -> None:
@@ -95,6 +96,7 @@ class ConvPattern(Pattern):
             dilation=pair(conv.dilation),
             input=inputs[0],
             residual=inputs[1] if match.residual else None,
+            branch=branch_qparams(match, module, qconfig, inputs, output),
             output=output,
             relu=match.relu,
             upper=match.upper,
@@ -147,6 +149,7 @@ class Conv1dPattern(ConvPattern):
             groups=conv.groups,
             input=inputs[0],
             residual=inputs[1] if match.residual else None,
+            branch=branch_qparams(match, module, qconfig, inputs, output),
             output=output,
             relu=match.relu,
             upper=match.upper,

@@ -10,6 +10,7 @@ from qtoolkit.graph.modules import called_module
 from qtoolkit.graph.notes import qconfig_of
 from qtoolkit.graph.plain import is_plain
 from qtoolkit.nn import functional
+from qtoolkit.observers import Observer
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -43,6 +44,7 @@ class Chain:
     upper: float | None = None
     batch_norm: nn.Module | None = None
     residual: fx.Node | None = None
+    branch: fx.Node | None = None
 
     def _next(self) -> fx.Node | None:
         user = only_user(self.nodes[-1])
@@ -57,17 +59,24 @@ class Chain:
             self.batch_norm = called
 
     def follow_add(self, module: fx.GraphModule) -> None:
-        """Takes in the addition of another tensor, if that addition is to be quantized."""
-        user = self._next()
+        """Takes in the addition of another tensor, if that addition is to be quantized, and the
+        observer that ``prepare`` has put before it."""
+        user, observers = self._next(), []
+        if user is not None and isinstance(called_module(user, module), Observer):
+            observers.append(user)
+            user = only_user(user)
         called = called_module(user, module)
-        if user is None or not isinstance(called, functional.Add) or called.broadcast:
+        if user is None or user in self.taken:
             return
-        others = [arg for arg in user.args if arg is not self.nodes[-1]]
+        if not isinstance(called, functional.Add) or called.broadcast:
+            return
+        branch = [*self.nodes, *observers][-1]
+        others = [arg for arg in user.args if arg is not branch]
         if qconfig_of(called) is None or len(others) != 1:
             return
         assert isinstance(others[0], fx.Node)
-        self.nodes.append(user)
-        self.residual = others[0]
+        self.nodes += [*observers, user]
+        self.branch, self.residual = branch, others[0]
 
     def follow_relu(self, module: fx.GraphModule) -> None:
         """Takes in the ReLU after the last node."""

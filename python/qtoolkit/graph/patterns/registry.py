@@ -28,7 +28,7 @@ class Match:
         relu: True if a ReLU is fused.
         upper: the upper bound of a fused ReLU6 or clipped ReLU, None without.
         batch_norm: the fused batch norm module (QAT only).
-        residual: True if the addition of the last input is fused.
+        branch: the node whose value a fused addition adds to the last input, None without one.
         needs_codes: True if it is worth computing on codes only where its inputs are codes anyway.
     """
 
@@ -38,7 +38,7 @@ class Match:
     relu: bool = False
     upper: float | None = None
     batch_norm: nn.Module | None = None
-    residual: bool = False
+    branch: fx.Node | None = None
     needs_codes: bool = False
 
     @property
@@ -50,6 +50,11 @@ class Match:
     def output(self) -> fx.Node:
         """The node that holds the layer's output."""
         return self.nodes[-1]
+
+    @property
+    def residual(self) -> bool:
+        """True if the addition of the last input is fused."""
+        return self.branch is not None
 
 
 class Pattern:
