@@ -9,7 +9,7 @@ qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
 """
 
 from qtoolkit import _library  # isort: skip  (loads the operators, which the rest needs)
-from qtoolkit import export, nn, observers, ops, registry
+from qtoolkit import algorithms, export, nn, observers, ops, registry
 from qtoolkit._library import cmake_prefix_path
 from qtoolkit._version import __version__
 from qtoolkit.compare import compare
@@ -28,6 +28,8 @@ from qtoolkit.qconfig import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
+from qtoolkit.quantize import quantize
+from qtoolkit.recipe import Recipe, get_recipe, recipe_names
 from qtoolkit.saving import InvalidFileError, file_info, load, save
 from qtoolkit.training import (
     QATSchedule,
@@ -45,9 +47,11 @@ __all__ = [
     "QATSchedule",
     "QConfig",
     "QConfigMapping",
+    "Recipe",
     "TensorSpec",
     "__version__",
     "_library",
+    "algorithms",
     "calibrate",
     "cmake_prefix_path",
     "compare",
@@ -64,6 +68,7 @@ __all__ = [
     "freeze_observers",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
+    "get_recipe",
     "load",
     "load_plan",
     "low_bit_qconfig_mapping",
@@ -73,7 +78,9 @@ __all__ = [
     "ops",
     "prepare",
     "prepare_qat",
+    "quantize",
     "quantize_dynamic",
+    "recipe_names",
     "registry",
     "save",
     "save_plan",

@@ -1,4 +1,4 @@
-"""Batches with a progress bar."""
+"""Batches and other items with a progress bar."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def batch_bar(
         desc=description,
         disable=not progress,
     )
+
+
+def progress_bar(items: Iterable[Any], description: str, *, progress: bool) -> tqdm:
+    """Items with a bar."""
+    return tqdm(items, desc=description, disable=not progress)
 
 
 def _batch_count(loader: Iterable[Any], max_batches: int | None) -> int | None:

@@ -45,6 +45,8 @@ PYTHON_LAYERS = [
     {"nn"},
     {"distributed"},
     {"graph"},
+    {"algorithms"},
+    {"recipe"},
     {
         "workflow",
         "dynamic",
@@ -58,6 +60,7 @@ PYTHON_LAYERS = [
         "registry",
         "saving",
         "plan_file",
+        "quantize",
     },
     {""},  # the package itself
     {"__main__"},

@@ -50,6 +50,32 @@ def quantize_weight(weight: Tensor, spec: TensorSpec, name: str) -> IntegerWeigh
     return IntegerWeight(*fake_quantize.integer_codes(weight))
 
 
+_PINNED = "qtoolkit_weight"
+
+
+def pin_weight(module: nn.Module, weight: IntegerWeight) -> None:
+    """Decides the codes that a float layer's weight will have when it is converted.
+
+    The float weight becomes the same values. Without it ``convert`` rounds the weight to the
+    nearest codes.
+    """
+    setattr(module, _PINNED, weight)
+    with torch.no_grad():
+        module.weight.copy_(dequantized(weight, module))  # type: ignore[operator]
+
+
+def pinned_weight(module: nn.Module) -> IntegerWeight | None:
+    """What ``pin_weight`` decided, or None."""
+    return getattr(module, _PINNED, None)
+
+
+def dequantized(weight: IntegerWeight, module: nn.Module) -> Tensor:
+    """An integer weight as float32 in the layout of its float layer."""
+    shape = (-1, *([1] * (weight.codes.dim() - 1)))
+    real = weight.codes.float() * weight.scale.reshape(shape)
+    return swap_channels(real, module.groups) if isinstance(module, nn.ConvTranspose2d) else real
+
+
 def fold_scale(weight: IntegerWeight, factor: Tensor) -> IntegerWeight:
     """The weight times a factor per output channel, exactly: only signs of codes change.
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from qtoolkit.graph.notes import note_of, set_note
 from qtoolkit.graph.patterns.registry import Match
 from qtoolkit.nn.qat.weighted import WEIGHTED, folded_bias
-from qtoolkit.nn.weights import IntegerWeight, quantize_weight, swap_channels
+from qtoolkit.nn.weights import IntegerWeight, pinned_weight, quantize_weight, swap_channels
 from qtoolkit.qconfig import QConfig
 
 # More products of 8-bit codes than this could overflow an int32 sum: 255 * 128 each.
@@ -59,5 +59,8 @@ def integer_weight_and_bias(
         return weight, folded_bias(layer.bias, match.batch_norm)
     assert qconfig.weight is not None
     assert match.batch_norm is None
+    pinned = pinned_weight(layer)
+    if pinned is not None:
+        return pinned, layer.bias
     name = str(match.anchor.target)
     return quantize_weight(float_weight(layer), qconfig.weight, name), layer.bias

@@ -1,0 +1,192 @@
+"""Recipes: what a model is quantized with, by name or from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qtoolkit.algorithms import AFTER, BEFORE, Algorithm, make_algorithm
+from qtoolkit.qconfig import QConfigMapping, get_default_qconfig_mapping
+
+#: Version of the recipes that this package writes; it reads that and earlier ones.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Formats and algorithms for post-training quantization.
+
+    Attributes:
+        name: for reports.
+        mapping: how each layer is quantized.
+        passes: algorithms in the order in which they run; those before calibration come first.
+
+    Raises:
+        TypeError: a field has a wrong type.
+        ValueError: a pass that runs before calibration follows one that runs after it.
+    """
+
+    name: str
+    mapping: QConfigMapping
+    passes: tuple[Algorithm, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mapping, QConfigMapping):
+            raise TypeError(
+                f"recipe {self.name!r}: mapping must be a QConfigMapping, got "
+                f"{type(self.mapping).__name__}"
+            )
+        for algorithm in self.passes:
+            if not isinstance(algorithm, Algorithm):
+                raise TypeError(
+                    f"recipe {self.name!r}: passes are algorithms, got {type(algorithm).__name__}"
+                )
+        stages = [algorithm.stage for algorithm in self.passes]
+        if BEFORE in stages[stages.index(AFTER) :] if AFTER in stages else False:
+            raise ValueError(
+                f"recipe {self.name!r}: a pass that runs before calibration follows one that runs "
+                f"after it: {[algorithm.name for algorithm in self.passes]}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, with the version."""
+        passes = [
+            {"name": algorithm.name, **asdict(algorithm)}  # type: ignore[call-overload]
+            for algorithm in self.passes
+        ]
+        return {
+            "version": VERSION,
+            "name": self.name,
+            "mapping": self.mapping.to_dict(),
+            "passes": passes,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """The reverse of ``to_dict``. Instead of ``mapping`` there may be ``target``, a name that
+        ``get_default_qconfig_mapping`` takes.
+
+        Raises:
+            ValueError: a key, version, pass or option that is unknown, or one that is missing.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a recipe must be an object with keys, got {type(data).__name__}")
+        allowed = {"version", "name", "mapping", "target", "passes"}
+        unknown = sorted(set(data) - allowed)
+        if unknown:
+            raise ValueError(f"recipe: unknown keys {unknown}; the keys are {sorted(allowed)}")
+        version = data.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ValueError(
+                f"recipe: version must be {VERSION} or an earlier one, got {version!r}"
+            )
+        if version > VERSION:
+            raise ValueError(
+                f"recipe: version {version} is newer than {VERSION}, the newest that this qtoolkit "
+                "reads; install a newer one"
+            )
+        if ("mapping" in data) == ("target" in data):
+            raise ValueError("recipe: give either mapping or target")
+        passes = data.get("passes", [])
+        if not isinstance(passes, list):
+            raise ValueError(f"recipe: passes must be a list, got {type(passes).__name__}")
+        mapping = (
+            QConfigMapping.from_dict(data["mapping"])
+            if "mapping" in data
+            else get_default_qconfig_mapping(data["target"])
+        )
+        return cls(str(data.get("name", "recipe")), mapping, tuple(map(_pass_of, passes)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the recipe as JSON, or as YAML where the name ends so."""
+        text = (
+            _yaml().safe_dump(self.to_dict(), sort_keys=False)
+            if _is_yaml(path)
+            else json.dumps(self.to_dict(), indent=2) + "\n"
+        )
+        Path(path).write_text(text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Reads a recipe in JSON or YAML (``.yaml``, ``.yml``).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no recipe; the message names the file.
+            ImportError: YAML without the package ``pyyaml``.
+        """
+        text = Path(path).read_text()
+        try:
+            data = _yaml().safe_load(text) if _is_yaml(path) else json.loads(text)
+            return cls.from_dict(data)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _pass_of(entry: Any) -> Algorithm:
+    if isinstance(entry, str):
+        return make_algorithm(entry)
+    if not isinstance(entry, Mapping) or "name" not in entry:
+        raise ValueError(f"recipe: a pass is a name or an object with one, got {entry!r}")
+    return make_algorithm(entry["name"], {k: v for k, v in entry.items() if k != "name"})
+
+
+def _is_yaml(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix in (".yaml", ".yml")
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("recipes in YAML need pyyaml: pip install 'qtoolkit[yaml]'") from error
+    return yaml
+
+
+def _plain(target: str) -> Callable[[], Recipe]:
+    return lambda: Recipe(target, get_default_qconfig_mapping(target))
+
+
+_RECIPES: dict[str, Callable[[], Recipe]] = {
+    "w8a8": lambda: Recipe(
+        "w8a8", get_default_qconfig_mapping("x86"), (make_algorithm("bias_correction"),)
+    ),
+    "w8a8-fast": lambda: Recipe("w8a8-fast", get_default_qconfig_mapping("x86")),
+    "tensorrt": _plain("tensorrt"),
+    "openvino": _plain("openvino"),
+    "tflite": _plain("tflite"),
+    "qnnpack": _plain("qnnpack"),
+}
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The names that ``get_recipe`` knows."""
+    return tuple(_RECIPES)
+
+
+def get_recipe(recipe: str | Recipe | os.PathLike[str]) -> Recipe:
+    """A recipe by name, or from a file.
+
+    Args:
+        recipe: one of ``recipe_names()``; a path of a JSON or YAML file; or a recipe, which is
+            returned.
+
+    Raises:
+        ValueError: no such name or file, or the file is no recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    name = os.fspath(recipe)
+    if name in _RECIPES:
+        return _RECIPES[name]()
+    if Path(name).is_file():
+        return Recipe.load(name)
+    raise ValueError(
+        f"unknown recipe {name!r}: use one of {', '.join(_RECIPES)}, or the path of a file"
+    )

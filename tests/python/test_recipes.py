@@ -1,0 +1,175 @@
+"""Recipes, the one-call quantization, and what algorithms are given to work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import qtoolkit as qt
+from qtoolkit.algorithms import Algorithm, BiasCorrection, Context, make_algorithm
+from qtoolkit.algorithms.registry import BEFORE, register_algorithm
+from qtoolkit.nn.weights import IntegerWeight, pin_weight
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.norm(self.conv(x)))
+        x = functional.relu(self.second(x) + x)
+        return self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(4)]
+
+
+def sqnr(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
+
+
+def mapping_of(bits: str) -> qt.QConfigMapping:
+    activation = qt.TensorSpec("uint8")
+    weight = qt.TensorSpec(bits, "per_channel", symmetric=True, observer="per_channel_minmax")
+    return qt.QConfigMapping().set_global(qt.QConfig(activation, weight))
+
+
+def test_the_call_is_prepare_calibrate_convert(model, batches):
+    quantized = qt.quantize(model, batches, "w8a8-fast", progress=False)
+    prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), (batches[0],))
+    qt.calibrate(prepared, batches, progress=False)
+    with torch.no_grad():
+        assert torch.equal(quantized(batches[0]), qt.convert(prepared)(batches[0]))
+
+
+@pytest.mark.parametrize("name", qt.recipe_names())
+def test_every_recipe_quantizes_and_survives_json(name, model, batches, tmp_path):
+    recipe = qt.get_recipe(name)
+    recipe.save(tmp_path / "recipe.json")
+    assert qt.get_recipe(tmp_path / "recipe.json") == recipe
+    loader = [(batch, torch.zeros(8)) for batch in batches]
+    quantized = qt.quantize(model, loader, tmp_path / "recipe.json", progress=False)
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), quantized(batches[0])) > 25
+
+
+def test_bias_correction_takes_the_shift_of_the_mean_out(model, batches):
+    def quantized(*passes: Algorithm) -> nn.Module:
+        return qt.quantize(
+            model, batches, qt.Recipe("test", mapping_of("int3"), passes), progress=False
+        )
+
+    x = torch.cat(batches)
+    with torch.no_grad():
+        expected = model(x)
+        plain, corrected = quantized()(x), quantized(BiasCorrection())(x)
+    shift = (plain - expected).mean(0).abs().mean()
+    assert (corrected - expected).mean(0).abs().mean() < 0.15 * shift
+    assert sqnr(expected, corrected) > sqnr(expected, plain) + 1
+
+
+def test_the_simulation_computes_what_the_converted_model_does(model, batches):
+    prepared = qt.prepare(model, mapping_of("int4"), (batches[0],))
+    qt.calibrate(prepared, batches, progress=False)
+    context = Context(prepared, [(batch,) for batch in batches], progress=False)
+    before = context.run((batches[0],))
+    with context.simulated():
+        simulated = context.run((batches[0],))
+    with torch.no_grad():
+        expected = qt.convert(prepared)(batches[0])
+        assert sqnr(expected, simulated) > 40
+        assert sqnr(expected, before) < 30
+        assert torch.equal(before, prepared(batches[0]))  # all is as it was
+
+
+def test_a_pinned_weight_is_what_convert_uses(model, batches):
+    prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), (batches[0],))
+    qt.calibrate(prepared, batches, progress=False)
+    layer = next(layer for layer in Context(prepared, []).layers if layer.name == "second")
+    codes = torch.randint(-100, 100, layer.module.weight.shape).to(torch.int8)
+    pin_weight(layer.module, IntegerWeight(codes, torch.full((8,), 0.5)))
+    converted = qt.convert(prepared)
+    second = next(m for m in converted.modules() if getattr(m, "source", "") == "second")
+    assert torch.equal(second.weight, codes)
+    assert torch.equal(layer.module.weight, codes.float() * 0.5)
+
+
+def test_layers_are_recorded_in_their_place(model, batches):
+    prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), (batches[0],))
+    context = Context(prepared, [(batch,) for batch in batches])
+    assert [layer.name for layer in context.layers] == ["conv", "second", "fc"]
+    inputs = context.record(context.layers[1])
+    with torch.no_grad():
+        expected = functional.relu(model.norm(model.conv(batches[2])))
+    assert len(inputs) == 4
+    torch.testing.assert_close(inputs[2], expected)
+    means = context.record(context.layers[2], what="output", reduce=lambda y: y.mean())
+    assert all(mean.dim() == 0 for mean in means)
+
+
+def test_passes_run_before_or_after_calibration(model, batches):
+    seen = []
+
+    @register_algorithm("look")
+    @dataclass(frozen=True)
+    class Look(Algorithm):
+        when: str = "x"
+        stage = BEFORE
+
+        def run(self, context: Context) -> None:
+            observer = context.layers[0].output_observer()
+            seen.append((self.when, observer.calibrated(), len(context.batches)))
+
+    recipe = qt.Recipe("test", mapping_of("int8"), (Look("early"), BiasCorrection()))
+    qt.quantize(model, iter(batches), recipe, max_batches=3, progress=False)
+    assert seen == [("early", False, 3)]
+    with pytest.raises(ValueError, match="runs before calibration follows one that runs after"):
+        qt.Recipe("test", mapping_of("int8"), (BiasCorrection(), Look()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2 is newer than 1"),
+        ({"version": None}, "version must be 1"),
+        ({"extra": 1}, r"unknown keys \['extra'\]"),
+        ({"target": "x86"}, "either mapping or target"),
+        ({"passes": ["adarond"]}, "unknown algorithm 'adarond': use one of"),
+        ({"passes": [{"name": "bias_correction", "x": 1}]}, r"has no option \['x'\]"),
+        ({"passes": [3]}, "a pass is a name or an object"),
+        ({"passes": "bias_correction"}, "passes must be a list"),
+    ],
+)
+def test_a_bad_recipe_is_explained(change, message, tmp_path):
+    data = {**qt.get_recipe("w8a8").to_dict(), **change}
+    with pytest.raises(ValueError, match=message):
+        qt.Recipe.from_dict(data)
+    with pytest.raises(ValueError, match="unknown recipe 'w9a9': use one of w8a8"):
+        qt.get_recipe("w9a9")
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(ValueError, match=r"r\.json"):
+        qt.get_recipe(tmp_path / "r.json")
+
+
+def test_no_data_is_said(model):
+    with pytest.raises(ValueError, match="the loader is empty"):
+        qt.quantize(model, [], progress=False)
+    with pytest.raises(ValueError, match="unknown algorithm"):
+        make_algorithm("nothing")
