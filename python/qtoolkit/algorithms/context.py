@@ -16,6 +16,7 @@ from qtoolkit.graph.patterns import Match
 from qtoolkit.graph.patterns.weighted import float_weight
 from qtoolkit.graph.prepare import find_matches, is_observer
 from qtoolkit.nn.weights import IntegerWeight, dequantized, pinned_weight, quantize_weight
+from qtoolkit.observers import Observer
 from qtoolkit.ops import fake_quantize_per_tensor
 from qtoolkit.qconfig import QConfig, TensorSpec
 
@@ -164,16 +165,15 @@ def _quantized_weights(layers: list[Layer]) -> Iterator[None]:
 @contextmanager
 def _quantized_activations(prepared: nn.Module) -> Iterator[None]:
     handles = []
-    enabled = []
+    enabled: list[Any] = []
+    observers: list[Any] = [module for module in prepared.modules() if is_observer(module)]
     try:
-        for module in prepared.modules():
-            if not is_observer(module):
-                continue
-            if hasattr(module, "enabled"):
-                enabled.append((module, module.enabled))
-                module.enabled = False
-            scale, zero_point = module.calculate_qparams()
-            limits = module.spec.quant_min, module.spec.quant_max
+        for observer in observers:
+            if isinstance(observer, Observer) and observer.enabled:
+                observer.enabled = False
+                enabled.append(observer)
+            scale, zero_point = observer.calculate_qparams()
+            limits = observer.spec.quant_min, observer.spec.quant_max
 
             def quantize(
                 _: nn.Module,
@@ -185,10 +185,10 @@ def _quantized_activations(prepared: nn.Module) -> Iterator[None]:
             ) -> Tensor:
                 return fake_quantize_per_tensor(output, scale, zero_point, *limits)
 
-            handles.append(module.register_forward_hook(quantize))
+            handles.append(observer.register_forward_hook(quantize))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, was in enabled:
-            module.enabled = was
+        for observer in enabled:
+            observer.enabled = True
