@@ -134,7 +134,7 @@ class Context:
             if weights:
                 stack.enter_context(_quantized_weights(self.layers))
             if activations:
-                stack.enter_context(_quantized_activations(self.prepared))
+                stack.enter_context(_quantized_activations(self.prepared, self.layers))
             yield
 
 
@@ -163,10 +163,14 @@ def _quantized_weights(layers: list[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def _quantized_activations(prepared: nn.Module) -> Iterator[None]:
+def _quantized_activations(prepared: nn.Module, layers: list[Layer]) -> Iterator[None]:
     handles = []
     enabled: list[Any] = []
-    observers: list[Any] = [module for module in prepared.modules() if is_observer(module)]
+    # What is added to a residual is not rounded before that.
+    branches = {called_module(layer.match.branch, layer.graph) for layer in layers}
+    observers: list[Any] = [
+        module for module in prepared.modules() if is_observer(module) and module not in branches
+    ]
     try:
         for observer in observers:
             if isinstance(observer, Observer) and observer.enabled:
