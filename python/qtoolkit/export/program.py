@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from qtoolkit.graph.qdq import to_qdq
 
@@ -39,6 +40,28 @@ def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: with_tensors(item, tensors) for key, item in value.items()}
     return value
+
+
+def _keys_of_nodes(value: Any, key: str | None = None) -> Iterator[str | None]:
+    """For each node in a value the key of the dictionary that holds it, in the order of
+    ``tensors_of``; None where none does."""
+    if isinstance(value, fx.Node):
+        yield key
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _keys_of_nodes(item, str(name))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _keys_of_nodes(item, key)
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it if it is taken; it is taken then."""
+    free, number = name, 1
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    taken.add(free)
+    return free
 
 
 def _grown(value: Any, batch: int) -> Any:
@@ -144,15 +167,24 @@ class QdqProgram:
 
     @classmethod
     def trace(
-        cls, model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_batch: bool = True
+        cls,
+        model: nn.Module,
+        example_inputs: tuple[Any, ...],
+        *,
+        dynamic_batch: bool = True,
+        branches: bool = True,
     ) -> QdqProgram:
         """The program of a converted model, which is not changed.
+
+        ``branches`` is that of ``graph.qdq.to_qdq``.
 
         Raises:
             ValueError: see ``graph.qdq.to_qdq``.
         """
         example_inputs = copy.deepcopy(example_inputs)
-        exported, reason = trace(to_qdq(model), example_inputs, dynamic_batch=dynamic_batch)
+        exported, reason = trace(
+            to_qdq(model, branches=branches), example_inputs, dynamic_batch=dynamic_batch
+        )
         constants, inputs = {}, []
         values = {**exported.state_dict, **exported.constants}
         for spec in exported.graph_signature.input_specs:
@@ -201,6 +233,33 @@ class QdqProgram:
         with torch.no_grad():
             outputs = run.run(*arguments)
         return tensors_of(outputs), run.codes
+
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the inputs in files: those of ``forward``; none is a quantized value's."""
+        taken = set(self.names())
+        return [free_name(name, taken) for name in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the outputs in files: where a dictionary holds one its key, else ``output``,
+        with a number where there are several; none is an input's or a quantized value's."""
+        results = pytree.tree_unflatten(
+            list(next(node for node in self.graph.nodes if node.op == "output").args[0]),
+            self.exported.call_spec.out_spec,
+        )
+        keys = list(_keys_of_nodes(results))
+        count = sum(key is None for key in keys)
+        numbers = iter(range(count))
+        names = [key or ("output" if count == 1 else f"output_{next(numbers)}") for key in keys]
+        taken = {*self.names(), *self.input_names}
+        return [free_name(name, taken) for name in names]
+
+    def module_of(self, node: fx.Node) -> str:
+        """The dotted name of the module that a node comes from; "" for the model itself."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next((path for path, _ in reversed(stack.values())), "")
+        return path.removesuffix(".layer") if isinstance(path, str) else ""
 
     def names(self) -> list[str]:
         """The names of the quantized values in the order of the graph."""

@@ -34,11 +34,13 @@ class Job:
         model: a copy of the converted model, in eval mode on the CPU.
         example_inputs: the arguments of its ``forward``.
         dynamic_batch: whether the file shall take other batch sizes.
+        branches: see ``graph.qdq.to_qdq``.
     """
 
     model: nn.Module
     example_inputs: tuple[Any, ...]
     dynamic_batch: bool
+    branches: bool = True
 
     @cached_property
     def program(self) -> QdqProgram:
@@ -47,7 +49,12 @@ class Job:
         Raises:
             ValueError: it has none, see ``graph.qdq.to_qdq``.
         """
-        return QdqProgram.trace(self.model, self.example_inputs, dynamic_batch=self.dynamic_batch)
+        return QdqProgram.trace(
+            self.model,
+            self.example_inputs,
+            dynamic_batch=self.dynamic_batch,
+            branches=self.branches,
+        )
 
     @cached_property
     def expected(self) -> list[Tensor]:
@@ -90,6 +97,8 @@ class Target:
     exact: bool = False
     #: Whether its runtime gives the codes of quantized layers, which are then compared one by one.
     gives_codes: ClassVar[bool] = True
+    #: Whether a residual's other branch has codes before the addition, see ``graph.qdq.to_qdq``.
+    branches: ClassVar[bool] = True
 
     def check(self, job: Job) -> None:
         """Raises UnsupportedError, naming operator and module, if the target cannot hold the
@@ -285,7 +294,7 @@ def run_export(
     if verify:
         _require(target, target.runtime, f"verifying a file of export.{target.name}")
     inputs = _inputs(example_inputs, target.name)
-    job = Job(_converted(model, target.name), inputs, dynamic_batch)
+    job = Job(_converted(model, target.name), inputs, dynamic_batch, target.branches)
     with staged(path) as temporary:
         target.check(job)
         warnings = target.write(job, temporary)

@@ -57,10 +57,11 @@ def _dtype_max(quant_min: int) -> int:
 
 
 class _Rewriter:
-    def __init__(self, module: fx.GraphModule, prefix: str) -> None:
+    def __init__(self, module: fx.GraphModule, prefix: str, branches: bool) -> None:
         self.module = module
         self.graph = module.graph
         self.prefix = prefix
+        self.branches = branches
         #: How the values that were codes are quantized.
         self.codes: dict[fx.Node, _Codes] = {}
         #: The float value of a node of the graph.
@@ -136,7 +137,9 @@ class _Rewriter:
         """The addition of a residual as an operator of its own, and a branch's codes before it."""
         x, residual = node.args
         node.args = (x,)
-        branch = self._register(f"{node.name}_branch", layer, "branch")
+        branch = None
+        if self.branches:
+            branch = self._register(f"{node.name}_branch", layer, "branch")
         value = node if branch is None else self._quantize(node, branch, f"{name}.branch")
         return self._after(value, operator.add, value, residual)
 
@@ -161,11 +164,17 @@ class _Rewriter:
             self.real[node] = self._quantize(node, self.codes[node], self.prefix + name)
 
 
-def to_qdq(model: nn.Module) -> nn.Module:
+def to_qdq(model: nn.Module, *, branches: bool = True) -> nn.Module:
     """A copy of a converted model in float, with quantize and dequantize in its graphs.
 
     Its inputs and outputs are those of the model, which is not changed. Values differ from the
     model's by what PyTorch's float operators round, which may move a code by one step.
+
+    Args:
+        model: the converted model.
+        branches: quantize what a convolution adds a residual to, where the layer has a range for
+            it. Without, the sum is quantized alone, which is more exact; for runtimes that compute
+            the convolution and the addition at once.
 
     Raises:
         ValueError: the model is compiled, or simulates a format in float; or a quantized layer
@@ -184,7 +193,7 @@ def to_qdq(model: nn.Module) -> nn.Module:
             )
     model = copy.deepcopy(model).eval().cpu()
     for name, module in list(graph_modules(model)):
-        _Rewriter(module, f"{name}." if name else "").run()
+        _Rewriter(module, f"{name}." if name else "", branches).run()
     if isinstance(model, QuantizedModule):
         return FloatForm(model)
     # Quantized layers outside of graphs read and write floats, see qt.quantize_dynamic.
