@@ -28,6 +28,8 @@ from qtoolkit.export.verify import Runner
 
 # The plug-in executes these on integers.
 _LEVELS = {16, 255, 256}
+# OpenVINO renames operators that are named alike, as a layer and an input may be.
+_PREFIX = "qtoolkit/"
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class _Translator:
         self.four_bits = four_bits
         #: Of the named values that were met.
         self.codes: dict[str, _Codes] = {}
-        #: Keeps operators that are written in Python alive.
-        self.nodes: list[Any] = []
+        #: What the graph uses and does not own: operators in Python, memory of constants.
+        self.alive: list[Any] = []
 
     def extensions(self) -> list[Any]:
         """For the frontend."""
@@ -104,12 +106,13 @@ class _Translator:
         scale, *integers = (_value(context, index) for index in range(1, 5))
         self.codes[name] = _Codes(float(scale), *(int(value) for value in integers))
         node = _stand_in()([context.get_input(0)])
-        node.set_friendly_name(name)
-        self.nodes.append(node)
+        node.set_friendly_name(_PREFIX + name)
+        self.alive.append(node)
         return [node.output(0)]
 
     def _dequantize(self, context: Any) -> list[Any]:
         """A constant's Convert and Multiply; an activation is dequantized already."""
+        import openvino as ov
         from openvino import opset13 as op
 
         source = context.get_input(0)
@@ -125,7 +128,10 @@ class _Translator:
         small = _in_four_bits(codes, axis) if self.four_bits else None
         if small is not None:
             # Plug-ins would compute with int4 constants in float; Convert is folded when they load.
-            source = op.convert(_int4_constant(small[0]), "i8").output(0)
+            packed = _packed(small[0])
+            self.alive.append(packed)
+            constant = op.constant(ov.Tensor(packed, list(codes.shape), ov.Type.i4))
+            source = op.convert(constant, "i8").output(0)
             scale = scale * small[1].astype(np.float32)
         real = op.convert(source, "f32")
         return [op.multiply(real, op.constant(scale)).output(0)]
@@ -149,6 +155,12 @@ def _stand_in() -> Any:
         def clone_with_new_inputs(self, inputs: Any) -> Any:
             return Quantize(inputs)
 
+        def evaluate(self, *arguments: Any) -> bool:
+            return False
+
+        def has_evaluate(self) -> bool:
+            return False
+
         def get_type_info(self) -> Any:
             return self.class_type_info
 
@@ -162,7 +174,8 @@ def _finish(model: Any, codes: Mapping[str, _Codes]) -> None:
 
     for node in model.get_ordered_ops():
         kind, name = node.get_type_name(), node.get_friendly_name()
-        if kind == "Quantize" and name in codes:
+        if kind == "Quantize" and name.startswith(_PREFIX):
+            name = name.removeprefix(_PREFIX)
             how = codes[name]
             x = node.input_value(0)
             if how.levels != how.quant_max - how.quant_min + 1:
@@ -212,15 +225,11 @@ def _pads_end(node: Any, attributes: Mapping[str, Any]) -> list[int]:
     ]
 
 
-def _int4_constant(codes: np.ndarray) -> Any:
-    """Two codes a byte, the lower half first."""
-    import openvino as ov
-    from openvino import opset13 as op
-
+def _packed(codes: np.ndarray) -> np.ndarray:
+    """Codes of four bits, two a byte, the lower half first."""
     halves = (codes.astype(np.uint8) & 15).ravel()
     halves = np.pad(halves, (0, halves.size % 2))
-    packed = halves[0::2] | halves[1::2] << 4
-    return op.constant(ov.Tensor(packed, list(codes.shape), ov.Type.i4))
+    return halves[0::2] | halves[1::2] << 4
 
 
 def _shape(node: torch.fx.Node) -> list[int]:
@@ -291,6 +300,7 @@ class OpenVinoTarget(Target):
     def __init__(self, *, four_bits: bool = True) -> None:
         self.four_bits = four_bits
         self.model: Any = None
+        self.alive: list[Any] = []
         self.codes: dict[str, _Codes] = {}
 
     def check(self, job: Job) -> None:
@@ -313,7 +323,7 @@ class OpenVinoTarget(Target):
         for port, name in zip(model.outputs, program.output_names):
             port.get_tensor().add_names({name})
             port.get_node().set_friendly_name(name)
-        self.model, self.codes = model, translator.codes
+        self.model, self.codes, self.alive = model, translator.codes, translator.alive
 
     def write(self, job: Job, path: Path) -> list[str]:
         import openvino as ov
