@@ -112,7 +112,6 @@ class _Translator:
 
     def _dequantize(self, context: Any) -> list[Any]:
         """A constant's Convert and Multiply; an activation is dequantized already."""
-        import openvino as ov
         from openvino import opset13 as op
 
         source = context.get_input(0)
@@ -127,11 +126,7 @@ class _Translator:
             return [op.constant(codes.astype(np.float32) * scale).output(0)]
         small = _in_four_bits(codes, axis) if self.four_bits else None
         if small is not None:
-            # Plug-ins would compute with int4 constants in float; Convert is folded when they load.
-            packed = _packed(small[0])
-            self.alive.append(packed)
-            constant = op.constant(ov.Tensor(packed, list(codes.shape), ov.Type.i4))
-            source = op.convert(constant, "i8").output(0)
+            source = op.constant(small[0].astype(np.int8)).output(0)
             scale = scale * small[1].astype(np.float32)
         real = op.convert(source, "f32")
         return [op.multiply(real, op.constant(scale)).output(0)]
@@ -198,6 +193,30 @@ def _finish(model: Any, codes: Mapping[str, _Codes]) -> None:
             new.set_friendly_name(name)
             node.output(0).replace(new.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _store_in_four_bits(model: Any) -> list[np.ndarray]:
+    """Makes int4 of the int8 constants that fit, once nothing folds constants any more; gives the
+    memory that they use.
+
+    Plug-ins would compute with int4 constants in float. So a Convert to int8 follows, which is
+    folded when they load the file.
+    """
+    import openvino as ov
+    from openvino import opset13 as op
+
+    alive = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.i8:
+            continue
+        codes = node.data
+        if codes.size == 0 or codes.min() < -8 or codes.max() > 7:
+            continue
+        packed = _packed(codes)
+        alive.append(packed)
+        constant = op.constant(ov.Tensor(packed, list(codes.shape), ov.Type.i4))
+        node.output(0).replace(op.convert(constant, "i8").output(0))
+    return alive
 
 
 def _rounds_up(node: Any) -> bool:
@@ -317,6 +336,8 @@ class OpenVinoTarget(Target):
         except Exception as error:
             raise _unsupported(program, error) from error
         _finish(model, translator.codes)
+        if self.four_bits:
+            translator.alive += _store_in_four_bits(model)
         for port, name in zip(model.inputs, program.input_names):
             port.get_tensor().set_names({name})
             port.get_node().set_friendly_name(name)
