@@ -1,6 +1,7 @@
 """Files for the runtimes that a quantized model is deployed to."""
 
 from qtoolkit.export.errors import MissingPackageError, UnsupportedError, VerificationError
+from qtoolkit.export.onnx import onnx
 from qtoolkit.export.openvino import openvino
 from qtoolkit.export.pt2 import pt2
 from qtoolkit.export.registry import LoadedModel, TargetInfo, load, targets
@@ -17,6 +18,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "load",
+    "onnx",
     "openvino",
     "pt2",
     "targets",

@@ -57,10 +57,15 @@ class Job:
         )
 
     @cached_property
+    def result(self) -> Any:
+        """What the model returns for the example inputs."""
+        with torch.no_grad():
+            return self.model(*copy.deepcopy(self.example_inputs))
+
+    @property
     def expected(self) -> list[Tensor]:
         """The model's outputs on the example inputs."""
-        with torch.no_grad():
-            return tensors_of(self.model(*copy.deepcopy(self.example_inputs)))
+        return tensors_of(self.result)
 
     def float_layers(self) -> list[str]:
         """A warning for the layers that stayed in float, by reason."""
@@ -111,6 +116,11 @@ class Target:
     def load(self, path: Path) -> Runner:
         """Loads the file in its runtime."""
         raise NotImplementedError
+
+    def runners(self, path: Path) -> list[Runner]:
+        """The file in each way that its runtime runs it, all of which are verified; the report
+        tells of the first."""
+        return [self.load(path)]
 
 
 _TARGETS: dict[str, type[Target]] = {}
@@ -301,11 +311,13 @@ def run_export(
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
         verified = None
         if verify:
-            runner = target.load(temporary)
+            runner, *others = target.runners(temporary)
             layers = target.gives_codes and not target.exact
             verified = verify_file(
                 target.name, runner, job, min_sqnr, exact=target.exact, layers=layers
             )
+            for other in others:
+                verify_file(target.name, other, job, min_sqnr, exact=target.exact, layers=layers)
             latency = _latency(runner, tensors_of(job.example_inputs))
     final = Path(os.path.realpath(path))
     if verified is None:

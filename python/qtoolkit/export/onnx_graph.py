@@ -1,0 +1,451 @@
+"""The QDQ form as an ONNX graph.
+
+PyTorch's exporter translates the operators of ATen; quantize and dequantize become operators of a
+domain of their own, which no pass of others touches, and at the end QuantizeLinear and
+DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+import warnings as python_warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtoolkit._version import __version__
+from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.program import DEQUANTIZE, QUANTIZE, QdqProgram
+
+_DOMAIN = "qtoolkit"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@lru_cache
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """What PyTorch's exporter makes of the two operators."""
+    import onnx.defs
+    from onnxscript import values
+
+    schema = onnx.defs.OpSchema
+    optional = schema.FormalParameterOption.Optional
+    types = [f"tensor({name})" for name in ("float", "uint8", "int8", "int32")]
+    domain = values.Opset(_DOMAIN, 1)
+
+    def operator(kind: str, /, **attributes: Any) -> Any:
+        return values.Op(
+            domain,
+            kind,
+            schema(
+                kind,
+                _DOMAIN,
+                1,
+                inputs=[
+                    schema.FormalParameter("x", "T"),
+                    schema.FormalParameter("scale", "S"),
+                    schema.FormalParameter("zero_point", "Z", param_option=optional),
+                ],
+                outputs=[schema.FormalParameter("y", "Y")],
+                type_constraints=[(letter, types, "") for letter in "TSZY"],
+                attributes=[
+                    schema.Attribute(key, value, "", required=False)
+                    for key, value in attributes.items()
+                ],
+            ),
+        )
+
+    kinds = schema.AttrType
+    quantize = operator("Quantize", quant_min=kinds.INT, quant_max=kinds.INT, name=kinds.STRING)
+    dequantize = operator("Dequantize", axis=kinds.INT)
+
+    def translate_quantize(
+        x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, name: str
+    ) -> Any:
+        return quantize(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, name=name)
+
+    def translate_dequantize(
+        codes: Any, scale: Any, zero_point: Any = None, axis: int | None = None
+    ) -> Any:
+        return dequantize(codes, scale, zero_point, axis=-1 if axis is None else axis)
+
+    return {QUANTIZE: translate_quantize, DEQUANTIZE: translate_dequantize}
+
+
+def _module_of(program: QdqProgram, operator: str) -> str:
+    """The first module that calls an operator, for messages."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) == operator:
+            stack = node.meta.get("nn_module_stack") or {}
+            paths = [path for path, _ in stack.values() if path]
+            return paths[-1].removesuffix(".layer") if paths else "the model's own forward"
+    return "an operator that PyTorch decomposed"
+
+
+def translate(program: QdqProgram, opset: int) -> Any:
+    """The program as an ``onnx_ir.Model``, with the two operators in a domain of their own.
+
+    Raises:
+        UnsupportedError: an operator has no translation; names it and the module that calls it.
+    """
+    silent = io.StringIO()
+    try:
+        with (
+            python_warnings.catch_warnings(),
+            contextlib.redirect_stdout(silent),
+            contextlib.redirect_stderr(silent),
+        ):
+            python_warnings.simplefilter("ignore")
+            result = torch.onnx.export(
+                program.exported,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=_translations(),
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        cause = str(chain[-1]).splitlines()[0]
+        found = re.search(r"OpOverload\(op='([\w.:]+)', overload='(\w+)'\)", str(chain[-1]))
+        if found is None:
+            raise UnsupportedError(f"PyTorch's ONNX exporter cannot translate: {cause}") from error
+        operator = f"{found[1].replace('::', '.')}.{found[2]}"
+        raise UnsupportedError(
+            f"{operator} in {_module_of(program, operator)} has no ONNX translation: express it "
+            "in other operators"
+        ) from error
+    assert result is not None
+    return result.model
+
+
+class Lowering:
+    """Passes over one translated graph, which they change in place.
+
+    Attributes:
+        biases: "int32" keeps biases as codes, "float32" makes floats of them.
+        clips: where a value is clipped to fewer codes than its storage has, "codes" (after
+            QuantizeLinear) or "float" (before).
+        int4: store weights in 4 bits whose codes fit.
+    """
+
+    def __init__(
+        self, model: Any, *, biases: str = "int32", clips: str = "codes", int4: bool = False
+    ) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.biases, self.clips, self.int4 = biases, clips, int4
+        #: Names that are taken, of values.
+        self.names: set[str] = set()
+        #: Initializers by what they hold, and by what they were made from.
+        self.stored: dict[Any, Any] = {}
+
+    def run(self) -> None:
+        """All passes, in order."""
+        from onnx_ir.passes import common
+        from onnxscript import optimizer
+
+        optimizer.optimize(self.model)
+        self._name_nodes()
+        for node in list(self.graph):
+            if node.op_type == "Reshape":
+                self._constant_shape(node)
+            elif node.op_type == "ReduceMean":
+                self._global_pool(node)
+            elif node.op_type == "Transpose":
+                self._transposed_weight(node)
+        common.RemoveUnusedNodesPass()(self.model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self.model)
+        self._lower_all()
+        common.RemoveUnusedNodesPass()(self.model)
+        common.ClearMetadataAndDocStringPass()(self.model)
+        self.graph.opset_imports.pop(_DOMAIN, None)
+        self.model.opset_imports.pop(_DOMAIN, None)
+        self.model.producer_name = "qtoolkit"
+        self.model.producer_version = __version__
+        self.model.metadata_props["qtoolkit.version"] = __version__
+        self.model.metadata_props["qtoolkit.pytorch"] = str(torch.__version__)
+
+    # Building
+
+    def _before(self, node: Any, kind: str, inputs: list[Any], **attributes: Any) -> Any:
+        """A new node before another one; gives its output."""
+        import onnx_ir as ir
+
+        new = ir.node(kind, inputs, attributes=attributes)
+        scope = (node.name or "").rpartition("/")[0]
+        new.name = f"{scope}/{kind}" if scope else kind
+        self.graph.insert_before(node, new)
+        return new.outputs[0]
+
+    def _replace(self, node: Any, value: Any) -> None:
+        import onnx_ir as ir
+
+        old = node.outputs[0]
+        value.type, value.shape = value.type or old.type, value.shape or old.shape
+        is_output = old.is_graph_output()
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=is_output)
+        self.graph.remove(node, safe=True)
+
+    def _unique(self, name: str) -> str:
+        free, count = name, 1
+        while free in self.names:
+            count += 1
+            free = f"{name}_{count}"
+        self.names.add(free)
+        return free
+
+    def _initializer(self, name: str, array: Any, dtype: Any = None) -> Any:
+        """An initializer; large arrays of equal values are stored once."""
+        import onnx_ir as ir
+
+        key = (str(dtype or array.dtype), array.shape, array.tobytes())
+        if array.nbytes > 64 and key in self.stored:
+            return self.stored[key]
+        tensor = ir.tensor(array, dtype=dtype)
+        value = ir.Value(
+            name=self._unique(name),
+            type=ir.TensorType(tensor.dtype),
+            shape=tensor.shape,
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        self.stored[key] = value
+        return value
+
+    # Floats
+
+    def _name_nodes(self) -> None:
+        """Names nodes by module and operator."""
+        used: dict[str, int] = {}
+        for node in self.graph:
+            found = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
+            scope = found[-2].removesuffix(".layer") if len(found) > 1 else ""
+            name = f"{scope}/{node.op_type}" if scope else node.op_type
+            used[name] = used.get(name, 0) + 1
+            node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+
+    def _constant_shape(self, node: Any) -> None:
+        """A computed shape with one unknown size is a constant with -1."""
+        import onnx_ir as ir
+
+        output = node.outputs[0]
+        if output.shape is None or node.inputs[1].const_value is not None:
+            return
+        sizes = [size if isinstance(size, int) else -1 for size in output.shape]
+        if sizes.count(-1) > 1 or 0 in sizes:
+            return
+        shape = self._before(
+            node, "Constant", [], value=ir.tensor(np.asarray(sizes, dtype=np.int64))
+        )
+        shape.const_value = ir.tensor(np.asarray(sizes, dtype=np.int64))
+        node.replace_input_with(1, shape)
+
+    def _global_pool(self, node: Any) -> None:
+        """A mean over height and width is GlobalAveragePool, for which runtimes have kernels."""
+        x, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+        value = None if axes is None else axes.const_value
+        if x.shape is None or len(x.shape) != 4 or value is None:
+            return
+        if sorted(int(axis) % 4 for axis in value.numpy().reshape(-1)) != [2, 3]:
+            return
+        pooled = self._before(node, "GlobalAveragePool", [x])
+        if not node.attributes.get_int("keepdims", 1):
+            pooled = self._requantized_before(node, pooled)
+            pooled = self._before(node, "Flatten", [pooled], axis=1)
+        self._replace(node, pooled)
+
+    def _requantized_before(self, node: Any, value: Any) -> Any:
+        """The value with the quantization that what follows a node gives its result."""
+        readers = node.outputs[0].consumers()
+        if len(readers) != 1 or readers[0].op_type != "Quantize":
+            return value
+        quantize = readers[0]
+        name = quantize.attributes["name"].as_string()
+        attributes = {
+            "quant_min": quantize.attributes["quant_min"].as_int(),
+            "quant_max": quantize.attributes["quant_max"].as_int(),
+            "name": f"{name}.{node.op_type.lower()}",
+        }
+        parameters = list(quantize.inputs[1:])
+        value = self._custom_before(node, "Quantize", [value, *parameters], attributes)
+        return self._custom_before(node, "Dequantize", [value, *parameters], {"axis": -1})
+
+    def _custom_before(self, node: Any, kind: str, inputs: list[Any], attributes: Any) -> Any:
+        import onnx_ir as ir
+
+        new = ir.node(kind, inputs, domain=_DOMAIN, attributes=attributes)
+        new.name = kind
+        self.graph.insert_before(node, new)
+        return new.outputs[0]
+
+    def _transposed_weight(self, node: Any) -> None:
+        """A dequantized matrix that is transposed is the transposed matrix, dequantized."""
+        import onnx_ir as ir
+
+        source = node.inputs[0].producer()
+        if source is None or source.op_type != "Dequantize":
+            return
+        codes = source.inputs[0].const_value
+        if codes is None or len(codes.shape) != 2:
+            return
+        turned = ir.Value(
+            name=source.inputs[0].name,
+            const_value=ir.tensor(np.ascontiguousarray(codes.numpy().T)),
+        )
+        turned.meta["transposed"] = True
+        axis = source.attributes["axis"].as_int()
+        value = self._custom_before(
+            node, "Dequantize", [turned, source.inputs[1]], {"axis": axis if axis < 0 else 1 - axis}
+        )
+        self._replace(node, value)
+
+    # Quantize and dequantize
+
+    def _lower_all(self) -> None:
+        prefixes = set()
+        for node in self.graph:
+            if node.op_type == "Quantize" and node.domain == _DOMAIN:
+                self.names.add(node.attributes["name"].as_string())
+            if node.op_type == "Dequantize" and node.inputs[0].const_value is not None:
+                name = node.inputs[0].name or ""
+                if ".layer." in name:
+                    prefixes.add(name.rpartition(".")[0])
+        self._rename_floats(prefixes)
+        for node in list(self.graph):
+            if node.domain != _DOMAIN:
+                continue
+            if node.op_type == "Quantize":
+                self._lower_quantize(node)
+            elif node.inputs[0].const_value is not None:
+                self._lower_constant(node, prefixes)
+            else:
+                self._lower_dequantize(node)
+
+    def _rename_floats(self, prefixes: set[str]) -> None:
+        """Names of inputs, initializers and values that stay, apart from those of codes."""
+        for value in self.graph.inputs:
+            value.name = self._unique(value.name)
+        for value in list(self.graph.initializers.values()):
+            prefix, _, last = value.name.rpartition(".")
+            name = f"{prefix.removesuffix('.layer')}.{last}" if prefix in prefixes else value.name
+            if any(user.domain != _DOMAIN for user in value.consumers()):
+                value.name = self._unique(name)
+        for node in self.graph:
+            if node.domain != _DOMAIN:
+                for value in node.outputs:
+                    value.name = self._unique(value.name or node.name)
+
+    def _parameters(self, node: Any, name: str, dtype: Any) -> list[Any]:
+        """Scale and zero point of an activation; movers share those of their source."""
+        scale, zero_point = (value.const_value.numpy() for value in node.inputs[1:3])
+        key = (node.inputs[1].name, int(zero_point), str(dtype))
+        if key not in self.stored:
+            self.stored[key] = [
+                self._initializer(f"{name}.scale", scale.reshape(()).astype(np.float32)),
+                self._initializer(f"{name}.zero_point", zero_point.reshape(()).astype(dtype)),
+            ]
+        return self.stored[key]
+
+    def _lower_quantize(self, node: Any) -> None:
+        name = node.attributes["name"].as_string()
+        low, high = (node.attributes[key].as_int() for key in ("quant_min", "quant_max"))
+        dtype = np.int8 if low < 0 else np.uint8
+        parameters = self._parameters(node, name, dtype)
+        limits = np.iinfo(dtype)
+        clipped = (low, high) != (limits.min, limits.max)
+        x, shape = node.inputs[0], node.outputs[0].shape
+        node.name = f"{name}/Quantize"
+        if clipped and self.clips == "float":
+            scale, zero_point = (value.const_value.numpy() for value in parameters)
+            bounds = [
+                self._initializer(
+                    f"{name}.{key}", np.float32((bound - int(zero_point)) * np.float64(scale))
+                )
+                for key, bound in (("low", low), ("high", high))
+            ]
+            x = self._before(node, "Clip", [x, *bounds])
+            x.name = self._unique(f"{name}.clipped")
+            x.type, x.shape = node.inputs[0].type, shape
+        codes = self._before(node, "QuantizeLinear", [x, *parameters])
+        if clipped and self.clips == "codes":
+            codes.name = self._unique(f"{name}.unclipped")
+            codes.type, codes.shape = node.outputs[0].type, shape
+            bounds = [
+                self._initializer(f"{name}.quant_{key}", np.asarray(bound, dtype=dtype))
+                for key, bound in (("min", low), ("max", high))
+            ]
+            codes = self._before(node, "Clip", [codes, *bounds])
+        codes.name = name
+        codes.meta["parameters"] = parameters
+        self._replace(node, codes)
+
+    def _lower_dequantize(self, node: Any) -> None:
+        codes = node.inputs[0]
+        node.name = f"{codes.name}/Dequantize"
+        dtype = np.int8 if int(codes.dtype) == 3 else np.uint8
+        parameters = codes.meta.get("parameters") or self._parameters(node, codes.name, dtype)
+        value = self._before(node, "DequantizeLinear", [codes, *parameters])
+        value.name = self._unique(f"{codes.name}.dequantized")
+        self._replace(node, value)
+
+    def _lower_constant(self, node: Any, prefixes: set[str]) -> None:
+        """A weight or bias."""
+        codes = node.inputs[0].const_value.numpy()
+        scale = node.inputs[1].const_value.numpy()
+        axis = node.attributes["axis"].as_int()
+        prefix, _, last = (node.inputs[0].name or "").rpartition(".")
+        layer = prefix.removesuffix(".layer") if prefix in prefixes else prefix
+        name = f"{layer}.{last}" if layer else last
+        shape = [-1 if dim == axis else 1 for dim in range(codes.ndim)]
+        if codes.dtype == np.int32 and self.biases == "float32":
+            real = (codes.astype(np.float64) * scale.reshape(shape)).astype(np.float32)
+            self._replace(node, self._initializer(name, real))
+            return
+        dtype = None
+        if self.int4 and codes.dtype == np.int8:
+            codes, scale, dtype = _as_int4(codes, scale, axis)
+        node.name = f"{name}/Dequantize"
+        scale = scale.astype(np.float32).reshape(-1 if axis >= 0 else ())
+        inputs = [
+            self._initializer(name, codes, dtype),
+            self._initializer(f"{name}_scale", scale),
+        ]
+        attributes = {"axis": axis} if axis >= 0 else {}
+        value = self._before(node, "DequantizeLinear", inputs, **attributes)
+        value.name = self._unique(f"{name}.dequantized")
+        self._replace(node, value)
+
+
+def _as_int4(codes: Any, scale: Any, axis: int) -> tuple[Any, Any, Any]:
+    """Codes of 4 bits and their scale, where codes divided by their channel's common factor fit;
+    else what was given."""
+    import onnx_ir as ir
+
+    if axis < 0 or codes.size == 0:
+        return codes, scale, None
+    channels = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1).astype(np.int32)
+    factors = np.maximum(np.gcd.reduce(channels, axis=1), 1)
+    small = channels // factors[:, None]
+    if small.min() < -8 or small.max() > 7:
+        return codes, scale, None
+    shape = [-1 if dim == axis else 1 for dim in range(codes.ndim)]
+    divided = (codes // factors.reshape(shape)).astype(np.int8)
+    return divided, scale * factors, ir.DataType.INT4
+
+
+def byte_count(model: Any) -> int:
+    """Bytes of all initializers."""
+    return sum(
+        math.ceil(value.const_value.size * value.const_value.dtype.itemsize)
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
