@@ -24,7 +24,7 @@ LARGEST_FILE = 2**31 - 2**24
 
 #: Operators that ONNX Runtime computes on codes, where they lie between codes.
 _INTEGER = frozenset(
-    [
+    {
         "Conv",
         "Gemm",
         "MatMul",
@@ -55,7 +55,7 @@ _INTEGER = frozenset(
         "DepthToSpace",
         "SpaceToDepth",
         "Identity",
-    ]
+    }
 )
 
 

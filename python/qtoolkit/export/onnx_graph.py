@@ -167,6 +167,7 @@ class Lowering:
         self._lower_all()
         common.RemoveUnusedNodesPass()(self.model)
         common.ClearMetadataAndDocStringPass()(self.model)
+        self._separate_node_names()
         self.graph.opset_imports.pop(_DOMAIN, None)
         self.model.opset_imports.pop(_DOMAIN, None)
         self.model.producer_name = "qtoolkit"
@@ -214,7 +215,7 @@ class Lowering:
         value = ir.Value(
             name=self._unique(name),
             type=ir.TensorType(tensor.dtype),
-            shape=tensor.shape,
+            shape=ir.Shape(array.shape),
             const_value=tensor,
         )
         self.graph.register_initializer(value)
@@ -232,6 +233,18 @@ class Lowering:
             name = f"{scope}/{node.op_type}" if scope else node.op_type
             used[name] = used.get(name, 0) + 1
             node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+
+    def _separate_node_names(self) -> None:
+        """ONNX Runtime refuses two nodes of one name."""
+        used: set[str] = set()
+        for node in self.graph:
+            name, count = node.name or node.op_type, 1
+            free = name
+            while free in used:
+                count += 1
+                free = f"{name}_{count}"
+            used.add(free)
+            node.name = free
 
     def _constant_shape(self, node: Any) -> None:
         """A computed shape with one unknown size is a constant with -1."""
@@ -391,8 +404,9 @@ class Lowering:
     def _lower_dequantize(self, node: Any) -> None:
         codes = node.inputs[0]
         node.name = f"{codes.name}/Dequantize"
-        dtype = np.int8 if int(codes.dtype) == 3 else np.uint8
-        parameters = codes.meta.get("parameters") or self._parameters(node, codes.name, dtype)
+        parameters = codes.meta.get("parameters")
+        if parameters is None:
+            parameters = self._parameters(node, codes.name, codes.dtype.numpy())
         value = self._before(node, "DequantizeLinear", [codes, *parameters])
         value.name = self._unique(f"{codes.name}.dequantized")
         self._replace(node, value)

@@ -44,7 +44,8 @@ class OnnxRuntime:
         self, inputs: list[Tensor], names: Sequence[str]
     ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
         """See ``verify.Runner``; named values become outputs of a copy of the graph in memory."""
-        session, found = self._session, []
+        session = self._session
+        found: list[str] = []
         count = len(session.get_outputs())
         if names:
             graph, found = _with_outputs(self.path, names)
