@@ -1,0 +1,145 @@
+"""How close exported files stay to FP32, beside the converted model that they were made from.
+
+    python benchmarks/export_sqnr.py
+    python benchmarks/export_sqnr.py --targets onnx,openvino --models resnet18,vit_b_16
+
+Random weights, batch-norm statistics settled on random images; each target has the mapping that
+suits it. Every file is verified in its runtime while it is written. Random networks amplify single
+roundings, so file and model are compared with FP32 each: the file may be 0.5 dB below the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import qtoolkit as qt
+
+# Name and image size: the least that the network takes, or what keeps its output from vanishing.
+MODELS = {
+    "resnet18": 64,
+    "resnet50": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "googlenet": 96,
+    "densenet121": 64,
+    "shufflenet_v2_x1_0": 64,
+    "squeezenet1_1": 96,
+    "vgg11_bn": 64,
+    "regnet_y_400mf": 64,
+    "deeplabv3_mobilenet_v3_large": 64,
+    "vit_b_16": 32,
+}
+ALLOWED = 0.5  # dB
+
+
+def make_model(name: str, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"weights": None}
+    if name == "googlenet":
+        options |= {"aux_logits": False, "init_weights": True}
+    if name.startswith("vit"):
+        options["image_size"] = size
+    if name.startswith("deeplab"):
+        options |= {"weights_backbone": None}
+    model = torchvision.models.get_model(name, **options)
+    if name.startswith("vit"):
+        nn.init.normal_(model.heads.head.weight, std=0.05)  # torchvision's is zero
+    model.train()
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(8, 3, size, size))
+    return model.eval()
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of a model's output."""
+    if isinstance(output, dict):
+        output = next(iter(output.values()))
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def sqnr(expected: Tensor, actual: Tensor) -> float:
+    noise = (expected.double() - actual.double()).square().sum()
+    return float(10 * torch.log10(expected.double().square().sum() / noise))
+
+
+def quantize(model: nn.Module, preset: str, x: Tensor) -> nn.Module:
+    prepared = qt.prepare(model, qt.get_default_qconfig_mapping(preset), (x,))
+    qt.calibrate(prepared, [(x,)], progress=False)
+    return qt.convert(prepared)
+
+
+def measure(name: str, size: int, targets: list[str]) -> list[dict[str, Any]]:
+    model = make_model(name, size)
+    x = torch.randn(8, 3, size, size)
+    infos = qt.export.targets()
+    with torch.no_grad():
+        expected = first(model(x))
+    converted: dict[str, nn.Module] = {}
+    rows = []
+    for target in targets:
+        info = infos[target]
+        if info.preset not in converted:
+            converted[info.preset] = quantize(model, info.preset, x)
+        with torch.no_grad():
+            own = sqnr(expected, first(converted[info.preset](x)))
+        row: dict[str, Any] = {"model": name, "target": target, "converted": own}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}{info.suffix}"
+            try:
+                report = getattr(qt.export, target)(converted[info.preset], file, (x,))
+                found = sqnr(expected, first(qt.export.load(target, file)(x)))
+            except Exception as error:
+                row |= {"ok": False, "note": f"{type(error).__name__}: {error}"[:200]}
+            else:
+                layers = report.layers
+                row |= {
+                    "file": found,
+                    "ok": math.isnan(found) or found > own - ALLOWED,
+                    "megabytes": report.size / 1e6,
+                    "runtime": report.runtime,
+                    "layers": None if layers is None else layers.compared,
+                    "differing": None if layers is None else layers.differing,
+                }
+        rows.append(row)
+        found, verdict = row.get("file", math.nan), "ok" if row["ok"] else "NOT OK"
+        print(
+            f"{name:28} {target:12} converted {own:6.2f} dB, file {found:6.2f} dB  {verdict} "
+            f"{row.get('note', '')}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
+    parser.add_argument("--models", type=names, default=list(MODELS))
+    parser.add_argument("--targets", type=names, help="default: all that are installed")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/export_sqnr.json"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    available = [name for name, info in qt.export.targets().items() if info.available]
+    targets = args.targets or available
+    rows = [row for name in args.models for row in measure(name, MODELS.get(name, 64), targets)]
+    args.output.write_text(json.dumps(rows, indent=1) + "\n")
+    good = sum(row["ok"] for row in rows)
+    print(f"{good} of {len(rows)} files within {ALLOWED} dB; written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
