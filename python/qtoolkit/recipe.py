@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Recipe:
                     f"recipe {self.name!r}: passes are algorithms, got {type(algorithm).__name__}"
                 )
         stages = [algorithm.stage for algorithm in self.passes]
-        if BEFORE in stages[stages.index(AFTER) :] if AFTER in stages else False:
+        if (AFTER, BEFORE) in pairwise(stages):
             raise ValueError(
                 f"recipe {self.name!r}: a pass that runs before calibration follows one that runs "
                 f"after it: {[algorithm.name for algorithm in self.passes]}"

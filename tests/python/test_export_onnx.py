@@ -147,6 +147,43 @@ def test_what_has_no_translation_is_named_before_a_file_is_written(x, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_grouped_transposed_convolution_has_its_weight_in_float(tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 8, 2, 2, groups=2), nn.Conv2d(8, 4, 1)
+    x = torch.randn(2, 4, 8, 8)
+    report = qt.export.onnx(converted(nn.Sequential(*layers).eval(), x), tmp_path / "m.onnx", (x,))
+    types = {value.name: value.data_type for value in onnx.load(report.path).graph.initializer}
+    assert types["1.weight"] == onnx.TensorProto.FLOAT
+    assert report.outputs[0].sqnr > 40
+    assert any("ConvTranspose" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (nn.Upsample(scale_factor=2.0), None),
+        (nn.Upsample(scale_factor=2.0, mode="bilinear"), "Resize"),
+        (nn.ReflectionPad2d(1), "Pad"),
+        (nn.GELU(), "Gelu"),
+        (nn.LeakyReLU(), None),
+    ],
+)
+def test_the_report_names_what_onnx_runtime_computes_in_float(layer, named, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), layer, nn.Conv2d(4, 4, 1)).eval()
+    report = qt.export.onnx(converted(model, x), tmp_path / "m.onnx", (x,))
+    kinds = optimized(report.path)
+    notes = [warning for warning in report.warnings if "no integer kernel" in warning]
+    if named is None:
+        assert notes == []
+        # The quantize of the input, and what the last layer reads: nothing in between is float.
+        assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (1, 3)
+    else:
+        assert notes == [f"ONNX Runtime has no integer kernel for {named}"]
+        assert kinds["QuantizeLinear"] == 2
+
+
 def test_names_and_opset_are_checked(quantized, x, tmp_path):
     named = qt.export.onnx(
         quantized, tmp_path / "n.onnx", (x,), input_names=["image"], output_names=["scores"]

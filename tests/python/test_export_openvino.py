@@ -197,3 +197,14 @@ def test_attention_and_layer_norm(tmp_path):
     y = torch.randn(2, 6, 16)
     encoder = qt.export.openvino(converted(layer.eval(), y), tmp_path / "e.xml", (y,))
     assert encoder.outputs[0].sqnr > 30
+
+
+def test_values_half_way_between_two_codes_are_no_departure(tmp_path):
+    """Bilinear weights are quarters, so many values are halves of a step."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8)
+    upsample = nn.Upsample(scale_factor=2.0, mode="bilinear")
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), upsample, nn.Conv2d(4, 4, 1)).eval()
+    report = qt.export.openvino(converted(model, x), tmp_path / "m.xml", (x,))
+    assert report.layers.differing < 0.001
+    assert report.outputs[0].sqnr > 40

@@ -165,6 +165,32 @@ def test_a_layer_that_departs_is_seen_alone(model, x):
     assert all(steps == 0 for name, steps, _ in layers if name in before)
 
 
+def test_only_a_value_at_the_middle_may_have_either_code(x):
+    model = converted(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), x)
+    program = QdqProgram.trace(model, (x,))
+    (name,) = program.names()
+    node = next(n for n in program.graph.nodes if "export.quantize" in str(n.target))
+    scale, zero_point = (program.constant(node.args[i]) for i in (1, 2))
+
+    def differing(offset: float) -> float:
+        real = torch.full_like(x, 20 + offset).sub(zero_point) * scale
+        codes = torch.full_like(x, 21).to(torch.uint8)
+        report, _ = compare_layers(program, [real], {name: codes})
+        return report.differing
+
+    assert differing(0.5) == 0  # rounds to the even 20, but 21 is as good
+    assert differing(0.49) == 1
+    assert differing(0.51) == 0
+
+
+def test_nothing_known_becomes_the_zero_point():
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])
+    scale, zero_point = torch.tensor(0.1), torch.tensor(7, dtype=torch.int32)
+    expected = qt.ops.quantize_per_tensor(x, scale, zero_point, 0, 255)
+    assert torch.equal(qt.ops.qdq_quantize(x, scale, zero_point, 0, 255, "x"), expected)
+    assert expected.tolist() == [7, 255, 0, 17]
+
+
 def test_a_dynamic_linear_outside_of_a_graph_becomes_float_with_a_dequantized_weight():
     torch.manual_seed(0)
     dynamic = qt.quantize_dynamic(nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)))

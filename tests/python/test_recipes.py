@@ -85,6 +85,30 @@ def test_bias_correction_takes_the_shift_of_the_mean_out(model, batches):
     assert sqnr(expected, corrected) > sqnr(expected, plain) + 1
 
 
+class Twice(nn.Module):
+    """One layer, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(functional.relu(self.conv(x)))
+
+
+def test_bias_correction_tells_the_calls_of_a_layer_apart():
+    torch.manual_seed(0)
+    model = Twice().eval()
+    batches = [torch.randn(count, 4, 8, 8) for count in (8, 8, 3)]
+    recipe = qt.Recipe("test", mapping_of("int3"), (BiasCorrection(),))
+    plain = qt.quantize(model, batches, qt.Recipe("plain", mapping_of("int3")), progress=False)
+    corrected = qt.quantize(model, batches, recipe, progress=False)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        shifts = [(q(x) - model(x)).mean((0, 2, 3)).abs().mean() for q in (plain, corrected)]
+    assert shifts[1] < 0.15 * shifts[0]
+
+
 def test_the_simulation_computes_what_the_converted_model_does(model, batches):
     prepared = qt.prepare(model, mapping_of("int4"), (batches[0],))
     qt.calibrate(prepared, batches, progress=False)
@@ -115,13 +139,14 @@ def test_layers_are_recorded_in_their_place(model, batches):
     prepared = qt.prepare(model, qt.get_default_qconfig_mapping("x86"), (batches[0],))
     context = Context(prepared, [(batch,) for batch in batches])
     assert [layer.name for layer in context.layers] == ["conv", "second", "fc"]
-    inputs = context.record(context.layers[1])
+    inputs = context.inputs_of(context.layers[1])
     with torch.no_grad():
         expected = functional.relu(model.norm(model.conv(batches[2])))
     assert len(inputs) == 4
     torch.testing.assert_close(inputs[2], expected)
-    means = context.record(context.layers[2], what="output", reduce=lambda y: y.mean())
-    assert all(mean.dim() == 0 for mean in means)
+    seen = []
+    context.watch(context.layers[1:], lambda layer, y: seen.append((layer.name, y.shape[1])))
+    assert seen == [("second", 8), ("fc", 4)] * 4
 
 
 def test_passes_run_before_or_after_calibration(model, batches):

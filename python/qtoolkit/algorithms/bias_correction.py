@@ -3,10 +3,8 @@ out of its bias."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from qtoolkit.algorithms.context import Context, Layer
@@ -35,27 +33,26 @@ class BiasCorrection(Algorithm):
     stage = AFTER
 
     def run(self, context: Context) -> None:
-        means: dict[str, Tensor] = {}
-        for layer in context.layers:
-            found = context.record(layer, what="output", reduce=_mean_of(layer))
-            if found:
-                means[layer.path] = torch.stack(found).mean(0)
-        reached = [layer for layer in context.layers if layer.path in means]
+        wanted = _means(context, context.layers)
+        reached = [layer for layer in context.layers if layer in wanted]
         with context.simulated(activations=self.activations):
             for layer in progress_bar(reached, "bias correction", progress=context.progress):
-                found = context.record(layer, what="output", reduce=_mean_of(layer))
-                shift = torch.stack(found).mean(0) - means[layer.path]
-                if layer.module.bias is None:
-                    layer.module.bias = nn.Parameter(-shift, requires_grad=False)
-                else:
-                    layer.module.bias.data.sub_(shift)
+                shift = _means(context, [layer])[layer] - wanted[layer]
+                bias = layer.module.bias
+                # A new one: the calls of a layer that is called several times share theirs.
+                corrected = -shift if bias is None else bias.detach() - shift
+                layer.module.bias = nn.Parameter(corrected, requires_grad=False)
 
 
-def _mean_of(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """The mean of each output channel."""
-    channels = -1 if isinstance(layer.module, nn.Linear) else 1
+def _means(context: Context, layers: list[Layer]) -> dict[Layer, Tensor]:
+    """The mean of each output channel over all data, of the layers that the data reaches."""
+    sums: dict[Layer, Tensor] = {}
+    counts: dict[Layer, int] = {}
 
-    def mean(output: Tensor) -> Tensor:
-        return output.movedim(channels, 0).flatten(1).mean(1)
+    def add(layer: Layer, output: Tensor) -> None:
+        channels = output.movedim(-1 if isinstance(layer.module, nn.Linear) else 1, 0).flatten(1)
+        sums[layer] = sums.get(layer, 0.0) + channels.double().sum(1)
+        counts[layer] = counts.get(layer, 0) + channels.shape[1]
 
-    return mean
+    context.watch(layers, add)
+    return {layer: (total / counts[layer]).float() for layer, total in sums.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,36 +90,48 @@ class Context:
         with torch.no_grad():
             return self.prepared(*batch)
 
-    def record(
-        self,
-        layer: Layer,
-        *,
-        what: str = "input",
-        reduce: Callable[[Tensor], Any] | None = None,
-    ) -> list[Any]:
-        """What a layer reads or gives on each batch; the run of the model ends there.
+    def watch(self, layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]) -> None:
+        """Runs the model on all batches and shows what layers give: the modules alone, before a
+        fused ReLU or addition.
 
         Args:
-            layer: one of ``layers``.
-            what: ``"input"``, or ``"output"``: of the module alone, before a fused ReLU or
-                addition.
-            reduce: applied to each tensor, such as a mean, so that less is kept.
+            layers: some of ``layers``. A run ends once all of them have been computed.
+            see: called with each layer and its output, without gradient.
         """
-        kept: list[Any] = []
+        missing: set[Layer] = set()
 
-        def keep(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            value = (inputs[0] if what == "input" else output).detach()
-            kept.append(value if reduce is None else reduce(value))
-            raise _Reached
+        def hook(layer: Layer) -> Callable[..., None]:
+            def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+                see(layer, output.detach())
+                missing.discard(layer)
+                if not missing:
+                    raise _Reached
 
-        handle = layer.module.register_forward_hook(keep)
+            return keep
+
+        handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
         try:
             for batch in self.batches:
-                try:
+                missing.update(layers)
+                with suppress(_Reached):
                     self.run(batch)
-                except _Reached:
-                    continue
-                break  # the data does not reach it
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def inputs_of(self, layer: Layer) -> list[Tensor]:
+        """What a layer reads on each batch that reaches it."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            kept.append(inputs[0].detach())
+            raise _Reached
+
+        handle = layer.module.register_forward_pre_hook(keep)
+        try:
+            for batch in self.batches:
+                with suppress(_Reached):
+                    self.run(batch)
         finally:
             handle.remove()
         return kept

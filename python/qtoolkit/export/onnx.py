@@ -44,14 +44,11 @@ _INTEGER = frozenset(
         "Unsqueeze",
         "Slice",
         "Split",
-        "Pad",
         "Gather",
         "Expand",
         "Tile",
-        "Resize",
         "ArgMax",
         "Where",
-        "ConvTranspose",
         "DepthToSpace",
         "SpaceToDepth",
         "Identity",
@@ -60,10 +57,12 @@ _INTEGER = frozenset(
 
 
 def float_operators(model: Any) -> list[str]:
-    """Kinds of operators that read and write codes, but that ONNX Runtime computes in float."""
+    """Kinds of operators between codes that ONNX Runtime computes in float."""
     kinds = set()
     for node in model.graph:
-        if node.op_type in _INTEGER or node.domain:
+        # Resize is computed on codes where it only moves them.
+        moves = node.op_type == "Resize" and node.attributes.get_string("mode") == "nearest"
+        if node.op_type in _INTEGER or moves or node.domain:
             continue
         sources = [value.producer() for value in node.inputs if value is not None]
         reads = any(source and source.op_type == "DequantizeLinear" for source in sources)
@@ -157,8 +156,9 @@ def onnx(
 
     Weights are int8 initializers and biases int32 ones, each behind a DequantizeLinear and in the
     file once. Codes have the name of the layer that makes them. ONNX Runtime computes convolutions,
-    linear layers, sums, products, concatenations and pools on codes; the report names what it does
-    not.
+    linear layers, sums, products, concatenations and pools between codes on codes; the report names
+    what it does not. A layer whose result is read in float, such as the last one, it computes in
+    float, or multiplies on codes and adds in float.
 
     Args:
         model: the result of ``qt.convert``; one that is only prepared is converted first. It is not

@@ -21,6 +21,7 @@ import torch
 
 from qtoolkit._version import __version__
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.four_bits import in_four_bits
 from qtoolkit.export.program import DEQUANTIZE, QUANTIZE, QdqProgram
 
 _DOMAIN = "qtoolkit"
@@ -77,16 +78,6 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     return {QUANTIZE: translate_quantize, DEQUANTIZE: translate_dequantize}
 
 
-def _module_of(program: QdqProgram, operator: str) -> str:
-    """The first module that calls an operator, for messages."""
-    for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target) == operator:
-            stack = node.meta.get("nn_module_stack") or {}
-            paths = [path for path, _ in stack.values() if path]
-            return paths[-1].removesuffix(".layer") if paths else "the model's own forward"
-    return "an operator that PyTorch decomposed"
-
-
 def translate(program: QdqProgram, opset: int) -> Any:
     """The program as an ``onnx_ir.Model``, with the two operators in a domain of their own.
 
@@ -119,9 +110,12 @@ def translate(program: QdqProgram, opset: int) -> Any:
         if found is None:
             raise UnsupportedError(f"PyTorch's ONNX exporter cannot translate: {cause}") from error
         operator = f"{found[1].replace('::', '.')}.{found[2]}"
+        users = [node for node in program.graph.nodes if str(node.target) == operator]
+        place = "an operator that PyTorch decomposed"
+        if users:
+            place = program.module_of(users[0]) or "the model's own forward"
         raise UnsupportedError(
-            f"{operator} in {_module_of(program, operator)} has no ONNX translation: express it "
-            "in other operators"
+            f"{operator} in {place} has no ONNX translation: express it in other operators"
         ) from error
     assert result is not None
     return result.model
@@ -413,6 +407,8 @@ class Lowering:
 
     def _lower_constant(self, node: Any, prefixes: set[str]) -> None:
         """A weight or bias."""
+        import onnx_ir as ir
+
         codes = node.inputs[0].const_value.numpy()
         scale = node.inputs[1].const_value.numpy()
         axis = node.attributes["axis"].as_int()
@@ -420,13 +416,17 @@ class Lowering:
         layer = prefix.removesuffix(".layer") if prefix in prefixes else prefix
         name = f"{layer}.{last}" if layer else last
         shape = [-1 if dim == axis else 1 for dim in range(codes.ndim)]
-        if codes.dtype == np.int32 and self.biases == "float32":
+        # No operator has scales along several dimensions, as a grouped transposed convolution's.
+        spread = axis < 0 and scale.size > 1
+        if spread or (codes.dtype == np.int32 and self.biases == "float32"):
+            shape = scale.shape if spread else shape
             real = (codes.astype(np.float64) * scale.reshape(shape)).astype(np.float32)
             self._replace(node, self._initializer(name, real))
             return
         dtype = None
-        if self.int4 and codes.dtype == np.int8:
-            codes, scale, dtype = _as_int4(codes, scale, axis)
+        small = in_four_bits(codes, axis) if self.int4 and codes.dtype == np.int8 else None
+        if small is not None:
+            codes, scale, dtype = small[0], scale * small[1].reshape(-1), ir.DataType.INT4
         node.name = f"{name}/Dequantize"
         scale = scale.astype(np.float32).reshape(-1 if axis >= 0 else ())
         inputs = [
@@ -437,23 +437,6 @@ class Lowering:
         value = self._before(node, "DequantizeLinear", inputs, **attributes)
         value.name = self._unique(f"{name}.dequantized")
         self._replace(node, value)
-
-
-def _as_int4(codes: Any, scale: Any, axis: int) -> tuple[Any, Any, Any]:
-    """Codes of 4 bits and their scale, where codes divided by their channel's common factor fit;
-    else what was given."""
-    import onnx_ir as ir
-
-    if axis < 0 or codes.size == 0:
-        return codes, scale, None
-    channels = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1).astype(np.int32)
-    factors = np.maximum(np.gcd.reduce(channels, axis=1), 1)
-    small = channels // factors[:, None]
-    if small.min() < -8 or small.max() > 7:
-        return codes, scale, None
-    shape = [-1 if dim == axis else 1 for dim in range(codes.ndim)]
-    divided = (codes // factors.reshape(shape)).astype(np.int8)
-    return divided, scale * factors, ir.DataType.INT4
 
 
 def byte_count(model: Any) -> int:

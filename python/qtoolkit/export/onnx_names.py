@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtoolkit.export.program import QdqProgram, tensors_of
+from qtoolkit.export.program import QdqProgram, free_name
 
 if TYPE_CHECKING:
     from qtoolkit.export.registry import Job
@@ -21,23 +21,6 @@ def _checked(names: Sequence[str], count: int, kind: str) -> list[str]:
             f"{names!r}"
         )
     return list(names)
-
-
-def _output_names(job: Job) -> list[str]:
-    """The keys of a dict, else numbers."""
-    count = len(job.program.outputs)
-    keys = _dict_keys(job)
-    if keys is not None and len(keys) == count:
-        return keys
-    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
-
-
-def _dict_keys(job: Job) -> list[str] | None:
-    result = job.result
-    if not isinstance(result, dict):
-        return None
-    keys = [str(key) for key, value in result.items() for _ in tensors_of(value)]
-    return keys if len(set(keys)) == len(keys) else None
 
 
 def _rename_batch(model: Any, program: QdqProgram) -> None:
@@ -109,10 +92,6 @@ def name_interface(
                 f"output_names: {', '.join(sorted(clash))} is the name of other values"
             )
     else:
-        names = []
-        for name in _output_names(job):
-            while name in taken or name in names:
-                name += "_"
-            names.append(name)
+        names = [free_name(name, taken) for name in job.program.output_names]
     for value, name in zip(outputs, names):
         value.name = name

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.four_bits import in_four_bits
 from qtoolkit.export.program import QdqProgram
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
@@ -71,16 +72,6 @@ def _value(context: Any, index: int) -> Any:
     return node.data if node.get_type_name() == "Constant" else None
 
 
-def _in_four_bits(codes: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Codes divided by the greatest common divisor of each channel, and these divisors, where the
-    quotients fit in int4."""
-    other = None if axis is None else tuple(dim for dim in range(codes.ndim) if dim != axis)
-    divisor = np.gcd.reduce(codes.astype(np.int32), axis=other, keepdims=True)
-    divisor = np.maximum(divisor, 1)
-    quotient = codes // divisor
-    return (quotient, divisor) if quotient.min() >= -8 and quotient.max() <= 7 else None
-
-
 class _Translator:
     """Translates the operators of the QDQ form into OpenVINO's."""
 
@@ -124,9 +115,9 @@ class _Translator:
             scale = scale.reshape([-1 if dim == axis else 1 for dim in range(codes.ndim)])
         if codes.dtype == np.int32:  # a bias, which OpenVINO adds in float
             return [op.constant(codes.astype(np.float32) * scale).output(0)]
-        small = _in_four_bits(codes, axis) if self.four_bits else None
+        small = in_four_bits(codes, axis) if self.four_bits else None
         if small is not None:
-            source = op.constant(small[0].astype(np.int8)).output(0)
+            source = op.constant(small[0]).output(0)
             scale = scale * small[1].astype(np.float32)
         real = op.convert(source, "f32")
         return [op.multiply(real, op.constant(scale)).output(0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings as python_warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,11 @@ from qtoolkit.graph.qdq import to_qdq
 QUANTIZE = torch.ops.qtoolkit_export.quantize.default
 DEQUANTIZE = torch.ops.qtoolkit_export.dequantize.default
 
+KEEP = object()
+#: Values that lie so near the middle between two codes, in steps, may have either code: runtimes
+#: add in another order.
+TIE = 1e-3
+
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors of a model's inputs or outputs, in order."""
@@ -31,15 +36,16 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The value with its tensors, in the order of ``tensors_of``, replaced by others."""
+def map_tensors(value: Any, function: Callable[[Tensor], Any], other: Any = KEEP) -> Any:
+    """The value with each tensor replaced by what a function makes of it, in the order of
+    ``tensors_of``; what is neither a tensor nor holds any becomes ``other`` where that is given."""
     if isinstance(value, Tensor):
-        return next(tensors)
+        return function(value)
     if isinstance(value, tuple | list):
-        return type(value)(with_tensors(item, tensors) for item in value)
+        return type(value)(map_tensors(item, function, other) for item in value)
     if isinstance(value, dict):
-        return {key: with_tensors(item, tensors) for key, item in value.items()}
-    return value
+        return {key: map_tensors(item, function, other) for key, item in value.items()}
+    return value if other is KEEP else other
 
 
 def _keys_of_nodes(value: Any, key: str | None = None) -> Iterator[str | None]:
@@ -62,30 +68,6 @@ def free_name(name: str, taken: set[str]) -> str:
         free, number = f"{name}_{number}", number + 1
     taken.add(free)
     return free
-
-
-def _grown(value: Any, batch: int) -> Any:
-    """The value with every tensor of that batch twice: ``torch.export`` takes a 1 for a fixed
-    size."""
-    if isinstance(value, Tensor):
-        fits = value.dim() > 0 and value.shape[0] == batch
-        return torch.cat([value, value]) if fits else value
-    if isinstance(value, tuple | list):
-        return type(value)(_grown(item, batch) for item in value)
-    if isinstance(value, dict):
-        return {key: _grown(item, batch) for key, item in value.items()}
-    return value
-
-
-def _dynamic(value: Any, batch: int, dim: Any) -> Any:
-    """The dynamic shapes of a value whose tensors of that batch have the dimension ``dim``."""
-    if isinstance(value, Tensor):
-        return {0: dim} if value.dim() > 0 and value.shape[0] == batch else None
-    if isinstance(value, tuple | list):
-        return type(value)(_dynamic(item, batch, dim) for item in value)
-    if isinstance(value, dict):
-        return {key: _dynamic(item, batch, dim) for key, item in value.items()}
-    return None
 
 
 def _why_fixed(error: Exception) -> str:
@@ -114,9 +96,15 @@ def trace(
         python_warnings.simplefilter("ignore")
         if dynamic_batch and first is not None:
             batch = first.shape[0]
-            inputs = _grown(example_inputs, batch) if batch == 1 else example_inputs
             dim = torch.export.Dim("batch", min=1)
-            shapes = _dynamic(example_inputs, batch, dim)
+
+            def is_batch(x: Tensor) -> bool:
+                return x.dim() > 0 and x.shape[0] == batch
+
+            inputs = example_inputs
+            if batch == 1:  # torch.export takes a 1 for a fixed size
+                inputs = map_tensors(inputs, lambda x: torch.cat([x, x]) if is_batch(x) else x)
+            shapes = map_tensors(example_inputs, lambda x: {0: dim} if is_batch(x) else None, None)
             try:
                 return torch.export.export(model, inputs, dynamic_shapes=shapes), None
             except Exception as error:
@@ -134,11 +122,16 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is QUANTIZE:
-            name = str(n.args[-1])
-            self.codes[name] = result
-            return self.given.get(name, result)
-        return result
+        if n.target is not QUANTIZE:
+            return result
+        name = str(n.args[-1])
+        given = self.given.get(name, result)
+        if given.shape == result.shape and not torch.equal(given, result):
+            (x, scale, zero_point, *limits, _), _ = self.fetch_args_kwargs_from_env(n)
+            steps = (x / scale + zero_point).clamp(*limits)
+            result = torch.where((given - steps).abs() <= 0.5 + TIE, given, result)
+        self.codes[name] = result
+        return given
 
 
 @dataclass
@@ -222,7 +215,8 @@ class QdqProgram:
                 layer is seen alone.
 
         Returns:
-            The outputs, and the codes of every quantized value by name.
+            The outputs, and the codes of every quantized value by name. A given code that is as
+            good, see ``TIE``, is taken for the computed one.
         """
         values = dict(zip(self.inputs, inputs))
         run = _Run(self, given)

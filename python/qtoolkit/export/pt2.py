@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qtoolkit.export.errors import MissingPackageError, UnsupportedError
-from qtoolkit.export.program import tensors_of, trace, with_tensors
+from qtoolkit.export.program import trace
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
-from qtoolkit.export.verify import Runner
+from qtoolkit.export.verify import ModuleRunner, Runner
 
 
 def _said(error: Exception) -> str:
@@ -44,26 +43,6 @@ def _computes_in_float(program: ExportedProgram) -> bool:
         if is_float and node.target.namespace != "qtoolkit" and not node.target.is_view:
             return True
     return False
-
-
-class _Loaded:
-    def __init__(self, path: Path, example_inputs: tuple[Any, ...] | None) -> None:
-        self.example_inputs = example_inputs
-        self.version = f"torch.export of PyTorch {torch.__version__}"
-        if _is_aot_inductor(path):
-            self.version = f"AOTInductor of PyTorch {torch.__version__}"
-            self.module: Any = torch._inductor.aoti_load_package(os.fspath(path))
-        else:
-            self.module = torch.export.load(path).module()
-
-    def run(
-        self, inputs: list[Tensor], names: Sequence[str]
-    ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
-        arguments: Any = inputs
-        if self.example_inputs is not None:  # which may hold other values than tensors
-            arguments = with_tensors(self.example_inputs, iter(inputs))
-        with torch.no_grad():
-            return tensors_of(self.module(*arguments)), {}
 
 
 @register_target("pt2")
@@ -114,7 +93,13 @@ class Pt2Target(Target):
         return warnings
 
     def load(self, path: Path) -> Runner:
-        return _Loaded(path, self.example_inputs)
+        if _is_aot_inductor(path):
+            name = "AOTInductor"
+            module: Any = torch._inductor.aoti_load_package(os.fspath(path))
+        else:
+            name, module = "torch.export", torch.export.load(path).module()
+        version = f"{name} of PyTorch {torch.__version__}"
+        return ModuleRunner(module, version, self.example_inputs)
 
 
 def pt2(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import importlib.util
 import os
 import statistics
 import time
@@ -57,15 +58,10 @@ class Job:
         )
 
     @cached_property
-    def result(self) -> Any:
-        """What the model returns for the example inputs."""
-        with torch.no_grad():
-            return self.model(*copy.deepcopy(self.example_inputs))
-
-    @property
     def expected(self) -> list[Tensor]:
         """The model's outputs on the example inputs."""
-        return tensors_of(self.result)
+        with torch.no_grad():
+            return tensors_of(self.model(*copy.deepcopy(self.example_inputs)))
 
     def float_layers(self) -> list[str]:
         """A warning for the layers that stayed in float, by reason."""
@@ -139,10 +135,12 @@ def register_target(name: str) -> Any:
 
 
 def _version(package: str) -> str | None:
+    """The version of an installed package, "" for a variant under another name, such as
+    onnxruntime-gpu; None if it is absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return None if importlib.util.find_spec(package.replace("-", "_")) is None else ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class LayersReport:
     Attributes:
         compared: how many were.
         max_steps: largest difference of a code.
-        differing: share of all codes that differ.
+        differing: share of all codes that differ, without those of values so near the middle
+            between two codes that either is right.
         worst: the name of a layer with the largest difference; None where no code differs.
     """
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings as python_warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtoolkit.export.errors import UnsupportedError
-from qtoolkit.export.program import tensors_of, with_tensors
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
-from qtoolkit.export.verify import Runner
+from qtoolkit.export.verify import ModuleRunner, Runner
 
 
 def _script(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, list[str]]:
@@ -39,23 +37,6 @@ def _script(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, lis
     ]
 
 
-class _Loaded:
-    version = f"TorchScript of PyTorch {torch.__version__}"
-
-    def __init__(self, path: Path, example_inputs: tuple[Any, ...] | None) -> None:
-        self.module = torch.jit.load(path)
-        self.example_inputs = example_inputs
-
-    def run(
-        self, inputs: list[Tensor], names: Sequence[str]
-    ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
-        arguments: Any = inputs
-        if self.example_inputs is not None:  # which may hold other values than tensors
-            arguments = with_tensors(self.example_inputs, iter(inputs))
-        with torch.no_grad():
-            return tensors_of(self.module(*arguments)), {}
-
-
 @register_target("torchscript")
 class TorchScriptTarget(Target):
     """See ``torchscript``."""
@@ -74,7 +55,8 @@ class TorchScriptTarget(Target):
         return warnings + job.float_layers()
 
     def load(self, path: Path) -> Runner:
-        return _Loaded(path, self.example_inputs)
+        version = f"TorchScript of PyTorch {torch.__version__}"
+        return ModuleRunner(torch.jit.load(path), version, self.example_inputs)
 
 
 def torchscript(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qtoolkit.export.errors import VerificationError
-from qtoolkit.export.program import DEQUANTIZE, QdqProgram, tensors_of
+from qtoolkit.export.program import DEQUANTIZE, QdqProgram, map_tensors, tensors_of
 from qtoolkit.export.report import LayersReport, OutputReport
 
 if TYPE_CHECKING:
@@ -30,6 +30,31 @@ class Runner(Protocol):
     ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
         """The outputs in the order of the model's, and the codes of those of the named values that
         the runtime can give, in the model's dtypes and layout."""
+
+
+class ModuleRunner:
+    """A file that is a PyTorch module when it is loaded.
+
+    Attributes:
+        module: takes what the model does.
+        version: the runtime's name and version.
+        example_inputs: what the model was exported with, which may hold other values than tensors;
+            None where all inputs are tensors.
+    """
+
+    def __init__(self, module: Any, version: str, example_inputs: tuple[Any, ...] | None) -> None:
+        self.module, self.version, self.example_inputs = module, version, example_inputs
+
+    def run(
+        self, inputs: list[Tensor], names: Sequence[str]
+    ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
+        """See ``Runner``; it gives no codes."""
+        arguments: Any = inputs
+        if self.example_inputs is not None:
+            remaining = iter(inputs)
+            arguments = map_tensors(self.example_inputs, lambda _: next(remaining))
+        with torch.no_grad():
+            return tensors_of(self.module(*arguments)), {}
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ def _steps_of_outputs(program: QdqProgram) -> list[float | None]:
 
 
 #: A layer whose codes differ by more steps than that, or in a larger share than that, departs.
-#: Runtimes round products in float32 or in fixed point, which moves a value that lies half way.
+#: Runtimes round products in float32 or in fixed point.
 MAX_STEPS = 1
 MAX_SHARE = 0.05
 

@@ -25,8 +25,9 @@ def _dtype_of(quant_min: int) -> torch.dtype:
 def _quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, name: str
 ) -> Tensor:
-    codes = torch.round(x * (1.0 / scale)) + zero_point
-    return torch.nan_to_num(codes.clamp(quant_min, quant_max)).to(_dtype_of(quant_min))
+    steps = torch.nan_to_num(x * (1.0 / scale))  # NaN gives the zero point, as in every kernel
+    codes = torch.round(steps) + zero_point
+    return codes.clamp(quant_min, quant_max).to(_dtype_of(quant_min))
 
 
 def _quantize_meta(
@@ -81,7 +82,8 @@ def qdq_dequantize(
 
     Args:
         codes: uint8, int8 or (a bias) int32.
-        scale: float32, of one element, or ``[channels]`` where ``axis`` is given.
+        scale: float32: ``[channels]`` where ``axis`` is given, else of one element, or of a shape
+            that broadcasts to that of ``codes``.
         zero_point: int32 like ``scale``; None is 0.
         axis: the dimension of channels.
     """
