@@ -154,3 +154,19 @@ def test_cuda_library_is_left_alone_where_pytorch_has_no_cuda(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _library.load()
+
+
+def test_an_unknown_kernel_path_lists_the_known():
+    with pytest.raises(ValueError, match="reference, portable, neondot, avx2"):
+        _C.force_path("sse9")
+    with pytest.raises(ValueError, match="conv2d"):
+        _C.kernel_paths("conv9d")
+
+
+def test_a_missing_library_says_how_to_build_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    with pytest.raises(ImportError, match="pip install --no-build-isolation"):
+        _library.load()
+    (tmp_path / "libqtoolkit_ops.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="does not load with PyTorch"):
+        _library.load()

@@ -483,23 +483,3 @@ def test_sparse_and_nested_tensors_are_refused(operator):
         change = {first: [bad, bad] if operator == "cat" else bad}
         with pytest.raises(TypeError, match=rf"qtoolkit::{operator}: .* takes dense tensors"):
             getattr(ops, operator)(**{**GOOD[operator], **change})
-
-
-def test_an_unknown_kernel_path_lists_the_known():
-    from qtoolkit import _C
-
-    with pytest.raises(ValueError, match="reference, portable, neondot, avx2"):
-        _C.force_path("sse9")
-    with pytest.raises(ValueError, match="conv2d"):
-        _C.kernel_paths("conv9d")
-
-
-def test_a_missing_library_says_how_to_build_it(tmp_path, monkeypatch):
-    from qtoolkit import _library
-
-    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
-    with pytest.raises(ImportError, match="pip install --no-build-isolation"):
-        _library.load()
-    (tmp_path / "libqtoolkit_ops.so").write_bytes(b"not a library")
-    with pytest.raises(ImportError, match="does not load with PyTorch"):
-        _library.load()
