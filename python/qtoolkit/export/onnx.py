@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from qtoolkit.export.errors import UnsupportedError
-from qtoolkit.export.onnx_graph import Lowering, byte_count, translate
+from qtoolkit.export.onnx_graph import Lowering, byte_count
 from qtoolkit.export.onnx_names import name_interface
 from qtoolkit.export.onnx_run import OnnxRuntime
+from qtoolkit.export.onnx_translate import translate
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.verify import Runner

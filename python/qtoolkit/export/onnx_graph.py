@@ -7,118 +7,18 @@ DequantizeLinear.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import re
-import warnings as python_warnings
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from qtoolkit._version import __version__
-from qtoolkit.export.errors import UnsupportedError
 from qtoolkit.export.four_bits import in_four_bits
-from qtoolkit.export.program import DEQUANTIZE, QUANTIZE, QdqProgram
+from qtoolkit.export.onnx_translate import DOMAIN
 
-_DOMAIN = "qtoolkit"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-@lru_cache
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """What PyTorch's exporter makes of the two operators."""
-    import onnx.defs
-    from onnxscript import values
-
-    schema = onnx.defs.OpSchema
-    optional = schema.FormalParameterOption.Optional
-    types = [f"tensor({name})" for name in ("float", "uint8", "int8", "int32")]
-    domain = values.Opset(_DOMAIN, 1)
-
-    def operator(kind: str, /, **attributes: Any) -> Any:
-        return values.Op(
-            domain,
-            kind,
-            schema(
-                kind,
-                _DOMAIN,
-                1,
-                inputs=[
-                    schema.FormalParameter("x", "T"),
-                    schema.FormalParameter("scale", "S"),
-                    schema.FormalParameter("zero_point", "Z", param_option=optional),
-                ],
-                outputs=[schema.FormalParameter("y", "Y")],
-                type_constraints=[(letter, types, "") for letter in "TSZY"],
-                attributes=[
-                    schema.Attribute(key, value, "", required=False)
-                    for key, value in attributes.items()
-                ],
-            ),
-        )
-
-    kinds = schema.AttrType
-    quantize = operator("Quantize", quant_min=kinds.INT, quant_max=kinds.INT, name=kinds.STRING)
-    dequantize = operator("Dequantize", axis=kinds.INT)
-
-    def translate_quantize(
-        x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, name: str
-    ) -> Any:
-        return quantize(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, name=name)
-
-    def translate_dequantize(
-        codes: Any, scale: Any, zero_point: Any = None, axis: int | None = None
-    ) -> Any:
-        return dequantize(codes, scale, zero_point, axis=-1 if axis is None else axis)
-
-    return {QUANTIZE: translate_quantize, DEQUANTIZE: translate_dequantize}
-
-
-def translate(program: QdqProgram, opset: int) -> Any:
-    """The program as an ``onnx_ir.Model``, with the two operators in a domain of their own.
-
-    Raises:
-        UnsupportedError: an operator has no translation; names it and the module that calls it.
-    """
-    silent = io.StringIO()
-    try:
-        with (
-            python_warnings.catch_warnings(),
-            contextlib.redirect_stdout(silent),
-            contextlib.redirect_stderr(silent),
-        ):
-            python_warnings.simplefilter("ignore")
-            result = torch.onnx.export(
-                program.exported,
-                (),
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table=_translations(),
-                optimize=False,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        chain: list[BaseException] = [error]
-        while chain[-1].__cause__ is not None:
-            chain.append(chain[-1].__cause__)
-        cause = str(chain[-1]).splitlines()[0]
-        found = re.search(r"OpOverload\(op='([\w.:]+)', overload='(\w+)'\)", str(chain[-1]))
-        if found is None:
-            raise UnsupportedError(f"PyTorch's ONNX exporter cannot translate: {cause}") from error
-        operator = f"{found[1].replace('::', '.')}.{found[2]}"
-        users = [node for node in program.graph.nodes if str(node.target) == operator]
-        place = "an operator that PyTorch decomposed"
-        if users:
-            place = program.module_of(users[0]) or "the model's own forward"
-        raise UnsupportedError(
-            f"{operator} in {place} has no ONNX translation: express it in other operators"
-        ) from error
-    assert result is not None
-    return result.model
 
 
 class Lowering:
@@ -162,8 +62,8 @@ class Lowering:
         common.RemoveUnusedNodesPass()(self.model)
         common.ClearMetadataAndDocStringPass()(self.model)
         self._separate_node_names()
-        self.graph.opset_imports.pop(_DOMAIN, None)
-        self.model.opset_imports.pop(_DOMAIN, None)
+        self.graph.opset_imports.pop(DOMAIN, None)
+        self.model.opset_imports.pop(DOMAIN, None)
         self.model.producer_name = "qtoolkit"
         self.model.producer_version = __version__
         self.model.metadata_props["qtoolkit.version"] = __version__
@@ -289,7 +189,7 @@ class Lowering:
     def _custom_before(self, node: Any, kind: str, inputs: list[Any], attributes: Any) -> Any:
         import onnx_ir as ir
 
-        new = ir.node(kind, inputs, domain=_DOMAIN, attributes=attributes)
+        new = ir.node(kind, inputs, domain=DOMAIN, attributes=attributes)
         new.name = kind
         self.graph.insert_before(node, new)
         return new.outputs[0]
@@ -320,7 +220,7 @@ class Lowering:
     def _lower_all(self) -> None:
         prefixes = set()
         for node in self.graph:
-            if node.op_type == "Quantize" and node.domain == _DOMAIN:
+            if node.op_type == "Quantize" and node.domain == DOMAIN:
                 self.names.add(node.attributes["name"].as_string())
             if node.op_type == "Dequantize" and node.inputs[0].const_value is not None:
                 name = node.inputs[0].name or ""
@@ -328,7 +228,7 @@ class Lowering:
                     prefixes.add(name.rpartition(".")[0])
         self._rename_floats(prefixes)
         for node in list(self.graph):
-            if node.domain != _DOMAIN:
+            if node.domain != DOMAIN:
                 continue
             if node.op_type == "Quantize":
                 self._lower_quantize(node)
@@ -344,10 +244,10 @@ class Lowering:
         for value in list(self.graph.initializers.values()):
             prefix, _, last = value.name.rpartition(".")
             name = f"{prefix.removesuffix('.layer')}.{last}" if prefix in prefixes else value.name
-            if any(user.domain != _DOMAIN for user in value.consumers()):
+            if any(user.domain != DOMAIN for user in value.consumers()):
                 value.name = self._unique(name)
         for node in self.graph:
-            if node.domain != _DOMAIN:
+            if node.domain != DOMAIN:
                 for value in node.outputs:
                     value.name = self._unique(value.name or node.name)
 
