@@ -187,6 +187,20 @@ def test_a_fixed_batch(quantized, x, tmp_path):
     assert shape == ov.PartialShape([4, 3, 16, 16])
 
 
+def test_a_batch_norm_of_its_own_is_a_convolution_on_codes(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    x = torch.randn(4, 3, 8, 8)
+    model(x)
+    quantized = converted(model.eval(), x)
+    assert any(isinstance(module, qt.nn.BatchNorm2d) for module in quantized.modules())
+    report = qt.export.openvino(quantized, tmp_path / "m.xml", (x,))
+    convolutions = [precision for kind, precision in executed(report.path) if kind == "Convolution"]
+    assert len(convolutions) == 3
+    assert set(convolutions) <= {"u8", "i8"}
+    assert report.outputs[0].sqnr > 40
+
+
 def test_attention_and_layer_norm(tmp_path):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)

@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qtoolkit import ops
 from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
+from qtoolkit.nn.weights import IntegerWeight, quantize_bias
 
 
 @saved(output=QParams)
@@ -296,8 +298,25 @@ class BatchNorm2d(QuantizedModule):
         step.output(self)
         return step
 
+    def prepare_float(self) -> None:
+        """A depthwise convolution with one weight a channel, which is an exact int8 code at a scale
+        of its own: runtimes have integer kernels for that."""
+        scale = self.weight.abs()
+        # A channel without a weight keeps fine steps for its bias.
+        steps = (self.bias.abs() / (self.input_scale * 2.0**20)).clamp(min=2.0**-100)
+        codes = self.weight.sign().to(torch.int8).reshape(-1, 1, 1, 1)
+        weight = IntegerWeight(codes, torch.where(scale == 0, steps, scale))
+        weight, bias = quantize_bias(weight, self.bias, self.input_scale)
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("codes_scale", weight.scale)
+        self.register_buffer("codes_bias", bias)
+        bias_scale = self.input_scale.double() * weight.scale.double()
+        self.register_buffer("codes_bias_scale", bias_scale.float())
+
     def float_forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.reshape(-1, 1, 1) + self.bias.reshape(-1, 1, 1)
+        weight = ops.qdq_dequantize(self.codes, self.codes_scale, None, 0)
+        bias = ops.qdq_dequantize(self.codes_bias, self.codes_bias_scale, None, 0)
+        return functional.conv2d(x, weight, bias, groups=self.codes.size(0))
 
     def formats(self) -> str:
         return f"8-bit -> {code_format(self.quant_min)}"
