@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -77,8 +78,72 @@ def test_every_layer_is_fused_to_an_integer_kernel(report):
     assert kinds["QLinearConcat"] == 1
     assert kinds["QLinearSigmoid"] == 1
     assert kinds["QLinearGlobalAveragePool"] == 2
-    left = {"Conv", "Add", "Mul", "Concat", "Gemm", "MatMul", "Sigmoid"} & kinds.keys()
-    assert left == {"Gemm"}  # the last layer, whose result is float
+    assert kinds["QGemm"] == 1
+    moving = {"QuantizeLinear", "Transpose", "NhwcMaxPool", "Reshape", "Flatten"}
+    assert {kind for kind in kinds if not kind.startswith("QLinear")} <= {"QGemm"} | moving
+
+
+def test_linear_layers_of_tokens_are_fused_with_their_bias(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 8, bias=False), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(x + self.b(torch.sigmoid(self.a(x))))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8)
+    report = qt.export.onnx(converted(Tokens().eval(), x), tmp_path / "m.onnx", (x[:1],))
+    kinds = optimized(report.path)
+    assert (kinds["QGemm"], kinds["QLinearMatMul"], kinds["QLinearAdd"]) == (2, 1, 1)
+    assert report.layers.max_steps <= 1
+    assert qt.export.load("onnx", report.path)(torch.cat([x, x])).shape == (8, 5, 4)
+
+
+def test_a_batch_norm_of_its_own_is_a_convolution_on_codes(tmp_path):
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.last = nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(functional.relu(self.first(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Norm().eval()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([1.0, -2.0, 0.0, 1e-4, 3.0, 0.5, 0.0, 1.0]))
+        model.norm.bias.copy_(torch.tensor([0.1, 1.0, 0.7, 0.5, -0.3, 0.0, 0.0, 2.0]))
+    x = torch.randn(4, 3, 8, 8)
+    quantized = converted(model, x)
+    assert any(isinstance(module, qt.nn.BatchNorm2d) for module in quantized.modules())
+    report = qt.export.onnx(quantized, tmp_path / "m.onnx", (x,))
+    kinds = optimized(report.path)
+    assert kinds["QLinearConv"] >= 2
+    assert "Mul" not in kinds
+    assert report.layers.max_steps <= 1
+    assert report.outputs[0].sqnr > 40
+
+
+def test_a_relu_that_the_codes_do_not_imply_is_a_clip_of_codes(x, tmp_path):
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # The inputs of a concatenation have its range, which has negative numbers.
+            joined = torch.cat([functional.relu(self.a(x)), self.b(x)], 1)
+            return functional.relu(self.c(joined)).mean((2, 3))
+
+    torch.manual_seed(0)
+    report = qt.export.onnx(converted(Joined().eval(), x), tmp_path / "m.onnx", (x,))
+    kinds = optimized(report.path)
+    # The last convolution gives floats.
+    assert (kinds["QLinearConv"], kinds["Clip"], kinds["Relu"]) == (2, 1, 0)
+    assert report.layers.max_steps <= 1
 
 
 def test_the_file_is_verified_layer_by_layer(report, quantized):
@@ -193,3 +258,27 @@ def test_names_and_opset_are_checked(quantized, x, tmp_path):
     assert [v.name for v in graph.output] == ["scores"]
     with pytest.raises(qt.export.UnsupportedError, match="opset 20"):
         qt.export.onnx(quantized, tmp_path / "m.onnx", (x,), opset=20)
+
+
+def test_large_weights_lie_in_a_second_file(quantized, x, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["qtoolkit.export.onnx"], "LARGEST_FILE", 1000)
+    report = qt.export.onnx(quantized, tmp_path / "m.onnx", (x,))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert any("m.onnx.data" in warning for warning in report.warnings)
+    assert qt.export.load("onnx", report.path)(x).shape == (4, 5)
+
+
+def test_a_weight_of_two_layers_is_stored_once(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.relu(self.linear(x)))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    report = qt.export.onnx(converted(Twice().eval(), x), tmp_path / "m.onnx", (x,))
+    graph = onnx.load(report.path).graph
+    assert sum(list(v.dims) == [64, 64] for v in graph.initializer) == 1

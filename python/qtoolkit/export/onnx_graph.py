@@ -29,14 +29,22 @@ class Lowering:
         clips: where a value is clipped to fewer codes than its storage has, "codes" (after
             QuantizeLinear) or "float" (before).
         int4: store weights in 4 bits whose codes fit.
+        gemm: compute linear layers of more than two dimensions on rows, by Gemm: ONNX Runtime adds
+            a bias to codes nowhere else.
     """
 
     def __init__(
-        self, model: Any, *, biases: str = "int32", clips: str = "codes", int4: bool = False
+        self,
+        model: Any,
+        *,
+        biases: str = "int32",
+        clips: str = "codes",
+        int4: bool = False,
+        gemm: bool = True,
     ) -> None:
         self.model = model
         self.graph = model.graph
-        self.biases, self.clips, self.int4 = biases, clips, int4
+        self.biases, self.clips, self.int4, self.gemm = biases, clips, int4, gemm
         #: Names that are taken, of values.
         self.names: set[str] = set()
         #: Initializers by what they hold, and by what they were made from.
@@ -56,6 +64,12 @@ class Lowering:
                 self._global_pool(node)
             elif node.op_type == "Transpose":
                 self._transposed_weight(node)
+            elif node.op_type in ("Relu", "Clip") and self.clips == "codes":
+                self._clip_codes(node)
+        if self.gemm:
+            for node in list(self.graph):
+                if node.op_type == "Add":
+                    self._linear(node)
         common.RemoveUnusedNodesPass()(self.model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self.model)
         self._lower_all()
@@ -116,6 +130,16 @@ class Lowering:
         self.stored[key] = value
         return value
 
+    def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Zero points of weights, shared by all of a size: without them ONNX Runtime does not fuse
+        a linear layer."""
+        key = ("zeros", shape, str(dtype))
+        if key not in self.stored:
+            kind = "int8" if dtype is None else "int4"
+            name = "_".join(["zero_points", kind, *map(str, shape)])
+            self.stored[key] = self._initializer(name, np.zeros(shape, np.int8), dtype)
+        return self.stored[key]
+
     # Floats
 
     def _name_nodes(self) -> None:
@@ -142,19 +166,13 @@ class Lowering:
 
     def _constant_shape(self, node: Any) -> None:
         """A computed shape with one unknown size is a constant with -1."""
-        import onnx_ir as ir
-
         output = node.outputs[0]
         if output.shape is None or node.inputs[1].const_value is not None:
             return
         sizes = [size if isinstance(size, int) else -1 for size in output.shape]
         if sizes.count(-1) > 1 or 0 in sizes:
             return
-        shape = self._before(
-            node, "Constant", [], value=ir.tensor(np.asarray(sizes, dtype=np.int64))
-        )
-        shape.const_value = ir.tensor(np.asarray(sizes, dtype=np.int64))
-        node.replace_input_with(1, shape)
+        node.replace_input_with(1, self._constant(node, sizes))
 
     def _global_pool(self, node: Any) -> None:
         """A mean over height and width is GlobalAveragePool, for which runtimes have kernels."""
@@ -175,16 +193,59 @@ class Lowering:
         readers = node.outputs[0].consumers()
         if len(readers) != 1 or readers[0].op_type != "Quantize":
             return value
-        quantize = readers[0]
-        name = quantize.attributes["name"].as_string()
-        attributes = {
-            "quant_min": quantize.attributes["quant_min"].as_int(),
-            "quant_max": quantize.attributes["quant_max"].as_int(),
-            "name": f"{name}.{node.op_type.lower()}",
-        }
+        name = readers[0].attributes["name"].as_string()
+        return self._quantized_as(node, value, readers[0], f"{name}.{node.op_type.lower()}")
+
+    def _quantized_as(self, node: Any, value: Any, quantize: Any, name: str) -> Any:
+        """The value, before a node, quantized and dequantized as by another Quantize."""
+        attributes = {key: quantize.attributes[key].as_int() for key in ("quant_min", "quant_max")}
         parameters = list(quantize.inputs[1:])
-        value = self._custom_before(node, "Quantize", [value, *parameters], attributes)
-        return self._custom_before(node, "Dequantize", [value, *parameters], {"axis": -1})
+        codes = self._custom_before(
+            node, "Quantize", [value, *parameters], {**attributes, "name": name}
+        )
+        codes.dtype = quantize.outputs[0].dtype
+        return self._custom_before(node, "Dequantize", [codes, *parameters], {"axis": -1})
+
+    def _linear(self, node: Any) -> None:
+        """A product of codes with a matrix, and its bias, as Gemm on rows."""
+        product, bias = (value.producer() for value in node.inputs)
+        if product is None or product.op_type != "MatMul" or not _is_constant(bias):
+            return
+        x, weight = product.inputs
+        source = None if x.producer() is None else x.producer().inputs[0].producer()
+        shape = node.outputs[0].shape
+        if (
+            not _is_constant(weight.producer())
+            or len(product.outputs[0].consumers()) != 1
+            or source is None
+            or source.op_type != "Quantize"
+            or shape is None
+            or len(shape) < 3
+            or sum(not isinstance(size, int) for size in shape) > 1
+        ):
+            return
+        features = weight.producer().inputs[0].const_value.shape[0]
+        name = source.attributes["name"].as_string()
+        rows = self._reshaped(node, x, [-1, features])
+        rows = self._quantized_as(node, rows, source, self._unique(f"{name}.rows"))
+        result = self._before(node, "Gemm", [rows, weight, node.inputs[1]])
+        readers = node.outputs[0].consumers()
+        if len(readers) == 1 and readers[0].op_type == "Quantize":
+            name = readers[0].attributes["name"].as_string()
+            result = self._quantized_as(node, result, readers[0], self._unique(f"{name}.rows"))
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        self._replace(node, self._reshaped(node, result, sizes))
+
+    def _reshaped(self, node: Any, value: Any, sizes: list[int]) -> Any:
+        return self._before(node, "Reshape", [value, self._constant(node, sizes)])
+
+    def _constant(self, node: Any, numbers: list[int]) -> Any:
+        import onnx_ir as ir
+
+        tensor = ir.tensor(np.asarray(numbers, dtype=np.int64))
+        value = self._before(node, "Constant", [], value=tensor)
+        value.const_value = tensor
+        return value
 
     def _custom_before(self, node: Any, kind: str, inputs: list[Any], attributes: Any) -> Any:
         import onnx_ir as ir
@@ -193,6 +254,37 @@ class Lowering:
         new.name = kind
         self.graph.insert_before(node, new)
         return new.outputs[0]
+
+    def _clip_codes(self, node: Any) -> None:
+        """A value that is clipped and quantized is quantized and clipped: then nothing lies between
+        a layer and its QuantizeLinear. Not of int8, which ONNX Runtime computes on x86 only where
+        DequantizeLinear follows."""
+        known = [value is not None and value.const_value is not None for value in node.inputs[1:3]]
+        if node.op_type == "Relu":
+            limits = [0.0, math.inf]
+        elif known == [True, True]:
+            limits = [float(value.const_value.numpy()) for value in node.inputs[1:3]]
+        else:
+            return
+        readers = node.outputs[0].consumers()
+        if len(readers) != 1 or readers[0].op_type != "Quantize":
+            return
+        quantize = readers[0]
+        if quantize.outputs[0].dtype.numpy() == np.int8:
+            return
+        scale, zero_point = (float(value.const_value.numpy()) for value in quantize.inputs[1:3])
+        low, high = (quantize.attributes[key].as_int() for key in ("quant_min", "quant_max"))
+        codes = np.clip(np.rint(np.asarray(limits) / scale) + zero_point, low, high)
+        attributes = {
+            "quant_min": int(codes[0]),
+            "quant_max": int(codes[1]),
+            "name": quantize.attributes["name"].as_string(),
+        }
+        clipped = self._custom_before(
+            quantize, "Quantize", [node.inputs[0], *quantize.inputs[1:]], attributes
+        )
+        clipped.dtype = quantize.outputs[0].dtype
+        self._replace(quantize, clipped)
 
     def _transposed_weight(self, node: Any) -> None:
         """A dequantized matrix that is transposed is the transposed matrix, dequantized."""
@@ -265,7 +357,7 @@ class Lowering:
     def _lower_quantize(self, node: Any) -> None:
         name = node.attributes["name"].as_string()
         low, high = (node.attributes[key].as_int() for key in ("quant_min", "quant_max"))
-        dtype = np.int8 if low < 0 else np.uint8
+        dtype = node.outputs[0].dtype.numpy()
         parameters = self._parameters(node, name, dtype)
         limits = np.iinfo(dtype)
         clipped = (low, high) != (limits.min, limits.max)
@@ -333,10 +425,19 @@ class Lowering:
             self._initializer(name, codes, dtype),
             self._initializer(f"{name}_scale", scale),
         ]
+        if codes.dtype == np.int8:
+            inputs.append(self._zeros(scale.shape, dtype))
         attributes = {"axis": axis} if axis >= 0 else {}
         value = self._before(node, "DequantizeLinear", inputs, **attributes)
         value.name = self._unique(f"{name}.dequantized")
         self._replace(node, value)
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether a node dequantizes a weight or a bias."""
+    return (
+        node is not None and node.op_type == "Dequantize" and node.inputs[0].const_value is not None
+    )
 
 
 def byte_count(model: Any) -> int:
