@@ -12,7 +12,7 @@ from qtoolkit import _library  # isort: skip  (loads the operators, which the re
 from qtoolkit import algorithms, export, nn, observers, ops, registry
 from qtoolkit._library import cmake_prefix_path
 from qtoolkit._version import __version__
-from qtoolkit.compare import compare
+from qtoolkit.compare import Comparison, LayerComparison, compare
 from qtoolkit.compile import compile
 from qtoolkit.distributed import synchronize
 from qtoolkit.dynamic import quantize_dynamic
@@ -42,8 +42,10 @@ from qtoolkit.training import (
 from qtoolkit.workflow import calibrate, convert, prepare, prepare_qat
 
 __all__ = [
+    "Comparison",
     "FakeQuantize",
     "InvalidFileError",
+    "LayerComparison",
     "QATSchedule",
     "QConfig",
     "QConfigMapping",

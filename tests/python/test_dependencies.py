@@ -47,6 +47,7 @@ PYTHON_LAYERS = [
     {"graph"},
     {"algorithms"},
     {"recipe"},
+    {"html", "measures", "batches"},
     {
         "workflow",
         "dynamic",

@@ -39,15 +39,14 @@ from qtoolkit.observers import Observer, make_observer
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec, matches_name
 
 
-def prepare_model(
-    model: nn.Module,
-    mapping: QConfigMapping,
-    example_inputs: tuple[Any, ...],
-    *,
-    qat: bool,
-    on_nonfinite: str = "error",
-) -> nn.Module:
-    """A captured copy of the model with observers; see ``qtoolkit.prepare`` and ``prepare_qat``."""
+def rewritten(model: nn.Module, example_inputs: tuple[Any, ...], *, fold: bool) -> Capture:
+    """A captured copy of the model in the form in which layers are found.
+
+    Args:
+        model: the float model.
+        example_inputs: what its ``forward`` takes.
+        fold: fold batch norms into the layers before them.
+    """
     capture = Capture(model, example_inputs)
     propagate_shapes(capture.model, example_inputs)
     for _, module in graph_modules(capture.model):
@@ -61,11 +60,24 @@ def prepare_model(
     failure = capture.difference()
     if failure:
         capture.give_up(f"the rewritten graph {failure}")
-    if not qat:
+    if fold:
         # After the comparison: folding rounds differently.
         for _, module in graph_modules(capture.model):
             remove_identities(module)
             fold_batch_norms(module)
+    return capture
+
+
+def prepare_model(
+    model: nn.Module,
+    mapping: QConfigMapping,
+    example_inputs: tuple[Any, ...],
+    *,
+    qat: bool,
+    on_nonfinite: str = "error",
+) -> nn.Module:
+    """A captured copy of the model with observers; see ``qtoolkit.prepare`` and ``prepare_qat``."""
+    capture = rewritten(model, example_inputs, fold=not qat)
     captured = capture.model
     report = Report(
         inputs=len(example_inputs),
