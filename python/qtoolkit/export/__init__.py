@@ -6,6 +6,8 @@ from qtoolkit.export.openvino import openvino
 from qtoolkit.export.pt2 import pt2
 from qtoolkit.export.registry import LoadedModel, TargetInfo, load, targets
 from qtoolkit.export.report import ExportReport, LayersReport, OutputReport
+from qtoolkit.export.tensorrt import tensorrt
+from qtoolkit.export.tensorrt_rules import Rule, Violation, check_tensorrt
 from qtoolkit.export.torchscript import torchscript
 
 __all__ = [
@@ -14,13 +16,17 @@ __all__ = [
     "LoadedModel",
     "MissingPackageError",
     "OutputReport",
+    "Rule",
     "TargetInfo",
     "UnsupportedError",
     "VerificationError",
+    "Violation",
+    "check_tensorrt",
     "load",
     "onnx",
     "openvino",
     "pt2",
     "targets",
+    "tensorrt",
     "torchscript",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -81,6 +81,8 @@ class OnnxTarget(Target):
     packages = ("onnx", "onnxscript")
     runtime = ("onnxruntime",)
     extra = "onnx"
+    #: The oldest opset that it can be written in.
+    min_opset: ClassVar[int] = MIN_OPSET
 
     def __init__(
         self,
@@ -103,10 +105,10 @@ class OnnxTarget(Target):
         import onnx
 
         newest = onnx.defs.onnx_opset_version()
-        if not MIN_OPSET <= self.opset <= newest:
+        if not self.min_opset <= self.opset <= newest:
             raise UnsupportedError(
                 f"opset {self.opset}: the onnx package that is installed has {newest} at most, and "
-                f"4-bit codes need {MIN_OPSET}"
+                f"the file's codes need {self.min_opset}"
             )
         model = translate(job.program, self.opset)
         self.lowering(model).run()
@@ -128,10 +130,12 @@ class OnnxTarget(Target):
             warnings.append(
                 f"the batch size is fixed to that of the example inputs: {job.program.fixed_batch}"
             )
+        return warnings + self.notes(path) + job.float_layers()
+
+    def notes(self, path: Path) -> list[str]:
+        """What the runtime makes of the written file; raises UnsupportedError if nothing."""
         kinds = float_operators(self.model)
-        if kinds:
-            warnings.append(f"ONNX Runtime has no integer kernel for {', '.join(kinds)}")
-        return warnings + job.float_layers()
+        return [f"ONNX Runtime has no integer kernel for {', '.join(kinds)}"] if kinds else []
 
     def load(self, path: Path) -> Runner:
         return OnnxRuntime(path)

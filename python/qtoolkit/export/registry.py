@@ -316,6 +316,7 @@ def run_export(
             )
             for other in others:
                 verify_file(target.name, other, job, min_sqnr, exact=target.exact, layers=layers)
+            runtime = " and ".join(each.version for each in (runner, *others))
             latency = _latency(runner, tensors_of(job.example_inputs))
     final = Path(os.path.realpath(path))
     if verified is None:
@@ -327,7 +328,7 @@ def run_export(
         max((o.max_difference for o in verified.outputs), default=0.0),
         warnings,
         target.name,
-        runner.version,
+        runtime,
         verified.outputs,
         verified.layers,
         latency,
