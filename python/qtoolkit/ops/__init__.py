@@ -68,6 +68,13 @@ from qtoolkit.ops.statistics import (
     min_max_per_channel,
 )
 from qtoolkit.ops.training import batch_norm_act, conv2d_train, max_pool2d_train
+from qtoolkit.ops.weight_only import (
+    dequantize_codes,
+    embedding_weight_only,
+    linear_weight_only,
+    pack_codes,
+    unpack_codes,
+)
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -80,8 +87,10 @@ __all__ = [
     "conv2d",
     "conv2d_train",
     "conv_transpose2d",
+    "dequantize_codes",
     "dequantize_per_channel",
     "dequantize_per_tensor",
+    "embedding_weight_only",
     "fake_quantize_binary",
     "fake_quantize_block_float",
     "fake_quantize_float",
@@ -96,6 +105,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_dynamic",
+    "linear_weight_only",
     "load_plan",
     "lookup",
     "make_plan",
@@ -107,6 +117,7 @@ __all__ = [
     "min_max_per_channel",
     "mul",
     "observe_fake_quantize",
+    "pack_codes",
     "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
@@ -118,6 +129,7 @@ __all__ = [
     "run_plan",
     "softmax",
     "sum",
+    "unpack_codes",
     "upsample_bilinear2d",
     "upsample_nearest2d",
 ]
