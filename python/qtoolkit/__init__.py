@@ -31,6 +31,7 @@ from qtoolkit.qconfig import (
 from qtoolkit.quantize import quantize
 from qtoolkit.recipe import Recipe, get_recipe, recipe_names
 from qtoolkit.saving import InvalidFileError, file_info, load, save
+from qtoolkit.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from qtoolkit.training import (
     QATSchedule,
     disable_fake_quant,
@@ -46,10 +47,12 @@ __all__ = [
     "FakeQuantize",
     "InvalidFileError",
     "LayerComparison",
+    "LayerSensitivity",
     "QATSchedule",
     "QConfig",
     "QConfigMapping",
     "Recipe",
+    "Sensitivity",
     "TensorSpec",
     "__version__",
     "_library",
@@ -86,5 +89,6 @@ __all__ = [
     "registry",
     "save",
     "save_plan",
+    "sensitivity",
     "synchronize",
 ]

@@ -53,6 +53,35 @@ def input_batches(
         raise ValueError(f"{function} got no data: the loader is empty")
 
 
+def gather_batches(
+    loader: Iterable[Any],
+    model: nn.Module,
+    function: str,
+    example_inputs: Any,
+    max_batches: int | None,
+    *,
+    progress: bool,
+) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
+    """Example inputs for ``prepare`` (the first batch where none are given), and all batches.
+
+    Raises:
+        ValueError, TypeError: as ``input_batches``.
+    """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    batches = list(
+        input_batches(
+            loader,
+            model,
+            function,
+            inputs=None if example_inputs is None else len(example_inputs),
+            max_batches=max_batches,
+            progress=progress,
+        )
+    )
+    return batches[0] if example_inputs is None else tuple(example_inputs), batches
+
+
 def _from_dict(batch: Mapping[str, Any], model: nn.Module) -> tuple[Any, ...]:
     """The arguments by position, defaults filled in where one that is absent comes before."""
     parameters = inspect.signature(model.forward).parameters

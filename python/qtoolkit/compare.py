@@ -21,7 +21,7 @@ from qtoolkit.graph.modules import bound_arguments, graph_modules
 from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.prepare import is_observer, rewritten
 from qtoolkit.graph.report import Report, get_report
-from qtoolkit.measures import Deviation, ValueCounts
+from qtoolkit.measures import Deviation, ValueCounts, first_tensor
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.weights import IntegerWeight, dequantized, swap_channels
 
@@ -223,16 +223,6 @@ def _real(layer: nn.Module, output: Tensor) -> Tensor:
     return codes.float() * layer.output_scale
 
 
-def _first_tensor(value: Any) -> Tensor:
-    while isinstance(value, tuple | list) and value:
-        value = value[0]
-    if isinstance(value, dict):
-        return _first_tensor(next(iter(value.values())))
-    if not isinstance(value, Tensor):
-        raise TypeError(f"compare needs a model that returns tensors, got {type(value).__name__}")
-    return value
-
-
 def compare(
     model: nn.Module,
     quantized: nn.Module,
@@ -281,10 +271,10 @@ def compare(
                 _record_float(captured, {node for _, node in layers}, expected)
                 first = inputs
             expected.clear()
-            reference = _first_tensor(captured(*inputs))
+            reference = first_tensor(captured(*inputs), "compare")
             if bool(reference.isnan().any()):
                 raise ValueError(f"compare: the float model gives NaN for batch {index}")
-            whole.add(reference, _first_tensor(quantized(*inputs)))
+            whole.add(reference, first_tensor(quantized(*inputs), "compare"))
     with torch.no_grad():
         _time_layers(quantized, {layers[key]: seen[key] for key in layers}, first)
     weights = _weight_deviations(model, first, layers, report)

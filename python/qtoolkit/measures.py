@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def first_tensor(output: Any, function: str) -> Tensor:
+    """A model's first output.
+
+    Raises:
+        TypeError: it is no tensor; names the function that needs one.
+    """
+    while isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, dict) and output:
+        return first_tensor(next(iter(output.values())), function)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{function} needs a model that returns tensors: {type(output).__name__}")
+    return output
 
 
 class Deviation:
@@ -31,6 +47,20 @@ class Deviation:
         self.power += float(actual.square().sum())
         self.product += float((expected * actual).sum())
         self.count += 1
+
+    def sums(self) -> list[float]:
+        """All sums, for another ``Deviation`` to add."""
+        return [self.signal, self.noise, self.power, self.product, self.count]
+
+    def add_sums(
+        self, signal: float, noise: float, power: float, product: float, count: float
+    ) -> None:
+        """Adds what another one's ``sums`` gave."""
+        self.signal += signal
+        self.noise += noise
+        self.power += power
+        self.product += product
+        self.count += int(count)
 
     @property
     def sqnr(self) -> float:

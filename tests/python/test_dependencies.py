@@ -47,7 +47,7 @@ PYTHON_LAYERS = [
     {"graph"},
     {"algorithms"},
     {"recipe"},
-    {"html", "measures", "batches"},
+    {"html", "measures", "batches", "checkpoint", "layer_formats", "layer_simulation"},
     {
         "workflow",
         "dynamic",
@@ -63,6 +63,7 @@ PYTHON_LAYERS = [
         "plan_file",
         "quantize",
     },
+    {"sensitivity"},
     {""},  # the package itself
     {"__main__"},
 ]
