@@ -64,6 +64,7 @@ PYTHON_LAYERS = [
         "quantize",
     },
     {"sensitivity"},
+    {"quantization"},
     {""},  # the package itself
     {"__main__"},
 ]

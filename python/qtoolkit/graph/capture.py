@@ -22,6 +22,7 @@ from torch import fx, nn
 from qtoolkit.graph.inplace import AliasError, changes_input, remove_inplace
 from qtoolkit.graph.modules import bound_arguments, graph_modules
 from qtoolkit.graph.plain import is_plain
+from qtoolkit.nn.stubs import Stub
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.uncaptured or isinstance(m, torch.jit.ScriptModule):
+        if module_qualified_name in self.uncaptured or isinstance(m, torch.jit.ScriptModule | Stub):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -22,6 +22,7 @@ from qtoolkit.nn import qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.elementwise import Dequantize, Quantize
 from qtoolkit.nn.kernels import activation_without_kernel, weight_without_kernel
+from qtoolkit.nn.stubs import Stub
 from qtoolkit.observers import Observer
 from qtoolkit.observers.base import range_to_qparams
 from qtoolkit.qconfig import QConfig
@@ -74,6 +75,8 @@ class _Lowering:
                 continue
             elif is_observer(called_module(node, self.module)):
                 self._lower_observer(node)
+            elif isinstance(called_module(node, self.module), Stub):
+                self._lower_stub(node)
             elif self._moves_codes(node):
                 self._lower_same_values(node)
             elif not asks_fact(node):
@@ -244,6 +247,13 @@ class _Lowering:
         self.graph.erase_node(node)
         # Here, because delete_all_unused_submodules overlooks a second name of a shared module.
         self.module.delete_submodule(str(node.target))
+
+    def _lower_stub(self, node: fx.Node) -> None:
+        self._dequantize_inputs(node)
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        self._replace(node, value)
+        self.graph.erase_node(node)
 
     def _lower_same_values(self, node: fx.Node) -> None:
         source = node.args[0]

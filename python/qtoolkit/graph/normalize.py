@@ -125,13 +125,18 @@ def settle_calls(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def remove_identities(module: fx.GraphModule) -> None:
-    """Removes dropout and the like, which would stand between layers that can be fused."""
+def remove_identities(module: fx.GraphModule, *, training: bool = False) -> None:
+    """Removes dropout and the like, which would stand between layers that can be fused.
+
+    In training only ``nn.Identity`` does nothing, and unused modules stay, as they may be trained.
+    """
+    kinds = (nn.Identity,) if training else same_values.IDENTITIES
     for node in list(module.graph.nodes):
-        if is_plain(called_module(node, module), same_values.IDENTITIES) and len(node.args) == 1:
+        if is_plain(called_module(node, module), kinds) and len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    module.delete_all_unused_submodules()
+    if not training:
+        module.delete_all_unused_submodules()
     module.recompile()
 
 

@@ -45,7 +45,8 @@ def rewritten(model: nn.Module, example_inputs: tuple[Any, ...], *, fold: bool) 
     Args:
         model: the float model.
         example_inputs: what its ``forward`` takes.
-        fold: fold batch norms into the layers before them.
+        fold: fold batch norms into the layers before them, and leave out what does nothing in
+            evaluation.
     """
     capture = Capture(model, example_inputs)
     propagate_shapes(capture.model, example_inputs)
@@ -60,11 +61,10 @@ def rewritten(model: nn.Module, example_inputs: tuple[Any, ...], *, fold: bool) 
     failure = capture.difference()
     if failure:
         capture.give_up(f"the rewritten graph {failure}")
-    if fold:
-        # After the comparison: folding rounds differently.
-        for _, module in graph_modules(capture.model):
-            remove_identities(module)
-            fold_batch_norms(module)
+    for _, module in graph_modules(capture.model):
+        remove_identities(module, training=not fold)
+        if fold:
+            fold_batch_norms(module)  # after the comparison, as it rounds differently
     return capture
 
 

@@ -1,0 +1,153 @@
+"""From torch.ao's QConfigs and mappings, ours and its own, to qtoolkit's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtoolkit import fake_quantize, observers
+from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
+from qtoolkit.quantization import observer as ob
+from qtoolkit.quantization.errors import UnsupportedError
+
+# torch.ao's own classes are known by name, so that nothing here needs torch.ao.
+_CLASSES: dict[str, type[ob.ObserverBase]] = {
+    cls.__name__: cls
+    for cls in (
+        ob.MinMaxObserver,
+        ob.MovingAverageMinMaxObserver,
+        ob.HistogramObserver,
+        ob.PerChannelMinMaxObserver,
+        ob.MovingAveragePerChannelMinMaxObserver,
+    )
+}
+_FLOAT = {"PlaceholderObserver", "NoopObserver", "ReuseInputObserver", "Identity"}
+
+
+def spec_of(factory: Any, where: str) -> TensorSpec | None:
+    """How a factory's observer quantizes; None if the tensor stays in float.
+
+    Args:
+        factory: an observer's or fake-quantize module's class or factory, from here or torch.ao.
+        where: what it is for, for error messages.
+
+    Raises:
+        UnsupportedError: there is no counterpart.
+        TypeError: it is no factory.
+    """
+    if factory is None:
+        return None
+    if isinstance(factory, TensorSpec):
+        return factory
+    if not callable(factory):
+        raise TypeError(f"{where}: expected an observer's class or factory, got {factory!r}")
+    return _spec_of_instance(factory(), where)
+
+
+def _spec_of_instance(made: Any, where: str) -> TensorSpec | None:
+    inner = getattr(made, "activation_post_process", None)
+    if inner is not None:
+        return _spec_of_instance(inner, where)
+    if isinstance(made, observers.Observer | fake_quantize.FakeQuantize):
+        _check_not_overridden(made, where)
+        return made.spec
+    kind = type(made)
+    if kind.__name__ == "RecordingObserver":
+        return TensorSpec("uint8", observer="minmax")
+    if kind.__name__ in _FLOAT:
+        dtype = getattr(made, "dtype", torch.float32)
+        if dtype in (torch.float16, torch.bfloat16):
+            ob.format_name(dtype, None, None)  # raises, with what to use
+        return None
+    known = _CLASSES.get("MinMaxObserver" if "FixedQParams" in kind.__name__ else kind.__name__)
+    if known is None or not kind.__module__.startswith("torch."):
+        raise UnsupportedError(
+            f"{where}: {kind.__qualname__} has no counterpart; use one of {', '.join(_CLASSES)}, "
+            "or write a class of qtoolkit.observers (CONTRIBUTING.md) and give its TensorSpec"
+        )
+    keywords = {} if getattr(made, "ch_axis", -1) == -1 else {"ch_axis": made.ch_axis}
+    reduced = (
+        {} if made.reduce_range else {"quant_min": made.quant_min, "quant_max": made.quant_max}
+    )
+    return known(dtype=made.dtype, qscheme=made.qscheme, **reduced, **keywords).spec
+
+
+def _check_not_overridden(made: nn.Module, where: str) -> None:
+    """An observer of the user's own would be replaced by the one that its spec names."""
+    kind = type(made)
+    if not kind.__module__.startswith("qtoolkit."):
+        known = observers.get_observer_class(made.spec.observer)  # type: ignore[union-attr, arg-type]
+        if kind is not known:
+            raise UnsupportedError(
+                f"{where}: {kind.__qualname__} is a class of its own; register it with "
+                "qtoolkit.observers.register_observer (CONTRIBUTING.md) and give a TensorSpec that "
+                "names it"
+            )
+
+
+def qconfig_of(qconfig: Any, where: str) -> QConfig | None:
+    """A QConfig of torch.ao as qtoolkit's; qtoolkit's own are taken as they are.
+
+    Raises:
+        UnsupportedError, TypeError: as ``spec_of``.
+    """
+    if qconfig is None or isinstance(qconfig, QConfig):
+        return qconfig
+    if not (hasattr(qconfig, "activation") and hasattr(qconfig, "weight")):
+        raise TypeError(f"{where}: expected a QConfig or None, got {type(qconfig).__name__}")
+    return QConfig(
+        spec_of(qconfig.activation, f"{where}: activation"),
+        spec_of(qconfig.weight, f"{where}: weight"),
+    )
+
+
+def mapping_of_modules(model: nn.Module) -> QConfigMapping:
+    """The mapping that the attributes ``qconfig`` of modules give; a module's goes before those of
+    the modules that hold it."""
+    mapping = QConfigMapping().set_global(qconfig_of(getattr(model, "qconfig", None), "model"))
+    known: dict[int, QConfig | None] = {}
+    kept: list[Any] = []  # ids stay those of one object
+    inherited: dict[str, Any] = {"": getattr(model, "qconfig", None)}
+    for name, module in model.named_modules():
+        if not name:
+            continue
+        parent = inherited[name.rpartition(".")[0]]
+        own = getattr(module, "qconfig", parent)
+        inherited[name] = own
+        if own is parent:
+            continue
+        if id(own) not in known:
+            known[id(own)] = qconfig_of(own, f"{name}.qconfig")
+            kept.append(own)
+        mapping = mapping.set_module_name(name, known[id(own)])
+    return mapping
+
+
+def mapping_of(given: Any, model: nn.Module) -> QConfigMapping:
+    """A QConfigMapping of torch.ao, or the dict that it was before, as qtoolkit's.
+
+    The n-th call of an object type is not in it; see ``quantize_fx``.
+
+    Raises:
+        UnsupportedError, TypeError: as ``spec_of``.
+    """
+    if isinstance(given, QConfigMapping):
+        return given
+    names = [name for name, _ in model.named_modules() if name]
+    mapping = QConfigMapping().set_global(qconfig_of(given.global_qconfig, "global"))
+    for object_type, qconfig in given.object_type_qconfigs.items():
+        where = getattr(object_type, "__name__", str(object_type))
+        mapping = mapping.set_module_type(object_type, qconfig_of(qconfig, where))
+    # The first expression counts there, the last setting here.
+    for expression, qconfig in reversed(given.module_name_regex_qconfigs.items()):
+        for name in names:
+            if re.match(expression, name):
+                mapping = mapping.set_module_name(name, qconfig_of(qconfig, expression))
+    by_depth = sorted(given.module_name_qconfigs.items(), key=lambda entry: entry[0].count("."))
+    for name, qconfig in by_depth:
+        if name:
+            mapping = mapping.set_module_name(name, qconfig_of(qconfig, name))
+    return mapping
