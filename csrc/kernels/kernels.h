@@ -16,6 +16,7 @@
 #include "kernels/quantize.h"
 #include "kernels/quantize_image.h"
 #include "kernels/quantize_rows.h"
+#include "kernels/range_errors.h"
 #include "kernels/scale_sums.h"
 #include "kernels/softmax.h"
 #include "kernels/statistics.h"

@@ -77,8 +77,9 @@ class TensorSpec(_JsonFields):
         symmetric: real 0 gets the middle code (0, or 128 for uint8), and the range mirrors around
             it: signed formats leave their lowest code out, int8 uses [-127, 127].
         observer: registered name of the observer that chooses the range: "minmax",
-            "moving_average", "per_channel_minmax", "per_group_minmax", "histogram" or one added
-            with `qtoolkit.observers.register_observer`. Methods that need none ignore it.
+            "moving_average", "histogram", "percentile", "mse", "entropy" per tensor,
+            "per_channel_minmax", "per_channel_mse", "per_group_minmax", or one added with
+            `qtoolkit.observers.register_observer`. Methods that need none ignore it.
         method: registered name of the way to simulate it in training: "observed" (the observer's
             range, straight-through gradients; the only one for post-training quantization), "lsq",
             "lsq+", "pact", "twn", "xnor", "float", "block_float" or one added with

@@ -1,13 +1,11 @@
 """HistogramObserver: agreement with torch.ao, counts that are never lost, and the range search."""
 
-import numpy as np
 import pytest
 import torch
 from torch.ao.quantization import observer as ao
 
 from qtoolkit.observers import HistogramObserver, MinMaxObserver
 from qtoolkit.observers.histogram import UNITS_PER_VALUE
-from qtoolkit.observers.range_search import l2_range, squared_errors
 from qtoolkit.qconfig import TensorSpec
 
 
@@ -142,68 +140,6 @@ def test_rare_tails_are_cut_for_less_error():
         return (torch.fake_quantize_per_tensor_affine(x, *qparams, 0, 15) - x).square().mean()
 
     assert error(histogram) < 0.7 * error(minmax)
-
-
-def sampled_error(counts, start, end, levels, samples=256):
-    """Squared error of quantizing evenly spaced values of every bin, bin width 1."""
-    x = (torch.arange(counts.numel() * samples, dtype=torch.float64) + 0.5) / samples
-    cell = (end - start + 1) / levels
-    index = ((x - start) / cell).floor().clamp(0, levels - 1)
-    square = (x - (start + (index + 0.5) * cell)).square().reshape(-1, samples).mean(1)
-    return (square * counts).sum().item()
-
-
-def error_of(counts, start, end, levels):
-    bins = np.arange(counts.numel(), dtype=np.float64)
-    bounds = np.array([[start, end]], dtype=np.float64)
-    return squared_errors(bins, counts.numpy(), bounds[:, :1], bounds[:, 1:], levels).item()
-
-
-@pytest.mark.parametrize("levels", [4, 16, 255])
-@pytest.mark.parametrize("bounds", [(0, 63), (5, 40), (20, 21), (0, 10), (63, 63)])
-def test_squared_error_is_the_integral(bounds, levels):
-    counts = torch.histc(randn(1000), 64).long()
-    expected = sampled_error(counts, *bounds, levels)
-    assert error_of(counts, *bounds, levels) == pytest.approx(expected, rel=5e-3)
-
-
-def greedy_range(counts, levels):
-    """The search one small step and one candidate at a time."""
-    cumulative = counts.cumsum(0).tolist()
-    total = cumulative[-1]
-    whole = (start, end) = (0, counts.numel() - 1)
-    lower, upper, lowest = 0.0, 1.0, float("inf")
-    while lower < upper:
-        left, right = start, end
-        while left < end and cumulative[left] < (lower + 1e-5) * total:
-            left += 1
-        while right > start and cumulative[right] > (upper - 1e-5) * total:
-            right -= 1
-        moved = (left, end) if left - start > end - right else (start, right)
-        if left - start > end - right:
-            lower += 1e-5
-        else:
-            upper -= 1e-5
-        if moved == (start, end):
-            continue
-        error = error_of(counts, *moved, levels)
-        if error > lowest:
-            break
-        (start, end), lowest = moved, error
-    return (start, end) if lowest < error_of(counts, *whole, levels) else whole
-
-
-@pytest.mark.parametrize("levels", [16, 256])
-@pytest.mark.parametrize("data", DATA)
-def test_range_search_is_the_greedy_one(data, levels):
-    counts = torch.histc(torch.cat(DATA[data]), 512).long()
-    assert l2_range(counts, levels) == greedy_range(counts, levels)
-
-
-@pytest.mark.parametrize("counts", [[5], [0, 7, 0], [1, 0, 0, 0, 1], [10**9, 0, 1]])
-def test_range_search_ends_on_sparse_histograms(counts):
-    start, end = l2_range(torch.tensor(counts), 256)
-    assert 0 <= start <= end < len(counts)
 
 
 def test_histogram_needs_two_bins():

@@ -12,11 +12,15 @@ from torch import nn
 from torch.ao.quantization import observer as ao
 
 from qtoolkit.observers import (
+    EntropyObserver,
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
+    MSEObserver,
     Observer,
+    PercentileObserver,
     PerChannelMinMaxObserver,
+    PerChannelMSEObserver,
     make_observer,
     register_observer,
     registered_observers,
@@ -25,8 +29,16 @@ from qtoolkit.qconfig import TensorSpec
 
 EPS = torch.finfo(torch.float32).eps
 SMALLEST = 2.0**-100
-PER_TENSOR = (MinMaxObserver, MovingAverageMinMaxObserver, HistogramObserver)
-ALL = (*PER_TENSOR, PerChannelMinMaxObserver)
+PER_TENSOR = (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    HistogramObserver,
+    PercentileObserver,
+    MSEObserver,
+    EntropyObserver,
+)
+PER_CHANNEL = (PerChannelMinMaxObserver, PerChannelMSEObserver)
+ALL = (*PER_TENSOR, *PER_CHANNEL)
 
 
 def randn(*shape, seed=0):
@@ -56,7 +68,7 @@ def test_returns_the_tensor_itself_and_dtypes_of_qparams(cls):
     x = randn(4, 3, 5)
     assert observer(x) is x
     scale, zero_point = observer.calculate_qparams()
-    shape = (4,) if cls is PerChannelMinMaxObserver else ()
+    shape = (4,) if cls in PER_CHANNEL else ()
     assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int32)
     assert scale.shape == zero_point.shape == shape
 
@@ -258,7 +270,9 @@ RANGES = [
     "spec", [("uint8", False), ("uint8", True), ("int8", False), ("int8", True)]
 )
 @pytest.mark.parametrize("bounds", RANGES)
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "histogram"])
+@pytest.mark.parametrize(
+    "observer", ["minmax", "moving_average", "histogram", "percentile", "mse", "entropy"]
+)
 def test_every_range_gives_a_valid_scale_and_represents_zero(observer, bounds, spec):
     spec = TensorSpec(spec[0], symmetric=spec[1], observer=observer)
     scale, zero_point = observed(make_observer(spec), torch.tensor(bounds)).calculate_qparams()
@@ -370,6 +384,9 @@ def test_a_dead_channel_has_a_valid_scale():
         (TensorSpec(observer="minmax"), MinMaxObserver),
         (TensorSpec(observer="moving_average"), MovingAverageMinMaxObserver),
         (TensorSpec(observer="histogram"), HistogramObserver),
+        (TensorSpec(observer="percentile"), PercentileObserver),
+        (TensorSpec(observer="mse"), MSEObserver),
+        (TensorSpec(observer="entropy"), EntropyObserver),
         (
             TensorSpec("int8", "per_channel", 1, symmetric=True, observer="per_channel_minmax"),
             PerChannelMinMaxObserver,

@@ -76,6 +76,11 @@ CAT = {
     "quant_min": 0,
     "quant_max": 255,
 }
+HISTOGRAM = {
+    "counts": torch.arange(40),
+    "min_val": torch.tensor(-1.0),
+    "max_val": torch.tensor(3.0),
+}
 GOOD = {
     "quantize_per_tensor": PER_TENSOR,
     "fake_quantize_per_tensor": PER_TENSOR,
@@ -98,6 +103,16 @@ GOOD = {
     "min_max": {"x": F32},
     "min_max_per_channel": {"x": F32, "ch_axis": 1},
     "histogram": {"x": F32, "bins": 4, "lower": 0.0, "upper": 1.0},
+    "range_l2": {**HISTOGRAM, "levels": 16},
+    "range_kl": {**HISTOGRAM, "levels": 16},
+    "range_mse": {**HISTOGRAM, "quant_min": 0, "quant_max": 15, "symmetric": False},
+    "range_mse_per_channel": {
+        "x": F32,
+        "ch_axis": 1,
+        "quant_min": -7,
+        "quant_max": 7,
+        "symmetric": True,
+    },
     "softmax": {**REQUANTIZE, "dim": 1},
     "layer_norm": {
         **REQUANTIZE,
@@ -248,6 +263,22 @@ BAD = [
     ("histogram", {"upper": math.nan}, ValueError, "finite"),
     ("histogram", {"upper": 1e300}, ValueError, "finite"),
     ("histogram", {"upper": 1e-45}, ValueError, "a range that bins can divide"),
+    ("range_l2", {"counts": torch.zeros(4)}, TypeError, "counts must be int64"),
+    (
+        "range_l2",
+        {"counts": torch.zeros(0, dtype=torch.int64)},
+        ValueError,
+        "counts must have from 1 to",
+    ),
+    ("range_l2", {"counts": torch.zeros(4, dtype=torch.int64)}, ValueError, "counts are all zero"),
+    ("range_kl", {"counts": torch.tensor([1, -1])}, ValueError, "must not be negative, got -1"),
+    ("range_kl", {"levels": 1}, ValueError, "levels must lie in"),
+    ("range_l2", {"min_val": torch.zeros(2)}, ValueError, "min_val must hold one element"),
+    ("range_mse", {"max_val": torch.tensor(math.inf)}, ValueError, "must be finite"),
+    ("range_mse", {"max_val": torch.tensor(-2.0)}, ValueError, "no greater"),
+    ("range_mse", {"quant_max": 300}, ValueError, "quant"),
+    ("range_mse_per_channel", {"x": torch.zeros(3, 0)}, ValueError, "x is empty"),
+    ("range_mse_per_channel", {"ch_axis": 4}, ValueError, "ch_axis"),
     ("conv2d", {"x": torch.zeros(2, 16, 9, 9)}, TypeError, "quantize it with quantize_per_tensor"),
     ("conv2d", {"x": U8[0]}, ValueError, "x must have 4 dimensions"),
     ("conv2d", {"x": U8}, ValueError, "do not fit x uint8 [2, 3, 6, 6]"),

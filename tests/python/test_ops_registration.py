@@ -44,6 +44,7 @@ def parameter(*value: float) -> Tensor:
     return torch.tensor(value, requires_grad=True)
 
 
+RANGE = (torch.tensor(-1.0), torch.tensor(2.0))
 PAIR = (torch.tensor([0.5, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]))
 
 
@@ -157,6 +158,10 @@ SAMPLES = {
     "min_max": [(floats(),)],
     "min_max_per_channel": [(floats(), 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
+    "range_l2": [(torch.arange(50), *RANGE, 16)],
+    "range_kl": [(torch.arange(50), *RANGE, 16)],
+    "range_mse": [(torch.arange(50), *RANGE, 0, 15, False)],
+    "range_mse_per_channel": [(floats(), 1, -7, 7, True), (floats().half(), -2, 0, 15, False)],
     "conv2d": [
         conv_args("3x3"),
         conv_args("depthwise", y_scale=None, y_zero_point=None),

@@ -8,7 +8,7 @@ from torch import Tensor
 from qtoolkit import ops
 from qtoolkit.fake_quantize.measured import MeasuredFakeQuantize
 from qtoolkit.fake_quantize.registry import register_fake_quantize
-from qtoolkit.observers import MovingAverageMinMaxObserver
+from qtoolkit.observers import MovingAverageMinMaxObserver, Observer
 from qtoolkit.qconfig import TensorSpec
 
 # Relative difference of scales that are of one range: averages are rounded.
@@ -86,7 +86,10 @@ class ObservedFakeQuantize(MeasuredFakeQuantize):
 
     def _derives_zero_point(self) -> bool:
         # A range that is searched in a histogram is not a function of two averaged numbers.
-        return not (self.spec.symmetric or self.is_weight or self.spec.observer == "histogram")
+        observer = self.observer
+        assert observer is not None
+        searched = type(observer).value_range is not Observer.value_range
+        return not (self.spec.symmetric or self.is_weight or searched)
 
     def _measure(self, x: Tensor) -> tuple[Tensor, ...]:
         assert self.observer is not None

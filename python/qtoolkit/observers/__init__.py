@@ -6,11 +6,15 @@ Called on a tensor, an observer returns it unchanged and records its statistics;
 """
 
 from qtoolkit.observers.base import Observer
+from qtoolkit.observers.entropy import EntropyObserver
 from qtoolkit.observers.histogram import HistogramObserver
 from qtoolkit.observers.minmax import MinMaxObserver
 from qtoolkit.observers.moving_average import MovingAverageMinMaxObserver
+from qtoolkit.observers.mse import MSEObserver
 from qtoolkit.observers.per_channel import PerChannelMinMaxObserver
+from qtoolkit.observers.per_channel_mse import PerChannelMSEObserver
 from qtoolkit.observers.per_group import PerGroupMinMaxObserver
+from qtoolkit.observers.percentile import PercentileObserver
 from qtoolkit.observers.registry import (
     get_observer_class,
     make_observer,
@@ -19,12 +23,16 @@ from qtoolkit.observers.registry import (
 )
 
 __all__ = [
+    "EntropyObserver",
     "HistogramObserver",
+    "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
+    "PerChannelMSEObserver",
     "PerChannelMinMaxObserver",
     "PerGroupMinMaxObserver",
+    "PercentileObserver",
     "get_observer_class",
     "make_observer",
     "register_observer",

@@ -8,7 +8,6 @@ from torch import Tensor
 from qtoolkit import ops
 from qtoolkit.formats import get_format
 from qtoolkit.observers.base import Observer
-from qtoolkit.observers.range_search import l2_range
 from qtoolkit.observers.registry import register_observer
 from qtoolkit.qconfig import TensorSpec
 
@@ -39,7 +38,8 @@ class HistogramObserver(Observer):
     """Keeps a histogram and chooses the range that quantizes it with the least squared error.
 
     The histogram covers [min_val, max_val] of all tensors seen. When the range grows, the counts
-    move to the new bins; none is lost. See `qtoolkit.observers.range_search` for the search.
+    move to the new bins; none is lost. `qtoolkit.ops.range_l2` is the search; a
+    subclass that overrides `search` chooses another range.
 
     The buffer `histogram`, int64 [bins], holds counts times UNITS_PER_VALUE.
 
@@ -82,13 +82,14 @@ class HistogramObserver(Observer):
         self.histogram += UNITS_PER_VALUE * _count(x, self.bins, lower, upper)
 
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """The range with the least squared error; needs the histogram on the host."""
-        if self.min_val == self.max_val:
-            return self.min_val, self.max_val
-        start, end = l2_range(self.histogram, 2 ** get_format(self.spec.format).bits)
-        # Divided first, as the difference of two float32 may be beyond float32.
-        width = self.max_val / self.bins - self.min_val / self.bins
-        return self.min_val + width * start, self.min_val + width * (end + 1)
+        """The range that `search` finds; needs the histogram on the host."""
+        state = (self.histogram, self.min_val, self.max_val)
+        low, high = self.search(*(tensor.cpu() for tensor in state))
+        return low.to(self.min_val.device), high.to(self.min_val.device)
+
+    def search(self, counts: Tensor, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
+        """The range to quantize of a histogram over [min_val, max_val], on the CPU."""
+        return ops.range_l2(counts, min_val, max_val, 2 ** get_format(self.spec.format).bits)
 
     def reset(self) -> None:
         """Forgets all data."""

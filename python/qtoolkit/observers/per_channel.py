@@ -51,7 +51,7 @@ class PerChannelMinMaxObserver(Observer):
                 f"observer{self._for_name()}: axis {axis} is out of range for a tensor of shape "
                 f"{tuple(x.shape)}"
             )
-        min_val, max_val = self._checked(*ops.min_max_per_channel(x, axis))
+        min_val, max_val = self._checked(*self.ranges(x, axis))
         if self.min_val.numel() == 0:
             self.min_val.resize_(min_val.shape).copy_(min_val)
             self.max_val.resize_(max_val.shape).copy_(max_val)
@@ -63,3 +63,7 @@ class PerChannelMinMaxObserver(Observer):
             )
         self.min_val.copy_(torch.minimum(self.min_val, min_val))
         self.max_val.copy_(torch.maximum(self.max_val, max_val))
+
+    def ranges(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Least and greatest value that each channel of x should represent, [channels]."""
+        return ops.min_max_per_channel(x, axis)

@@ -66,6 +66,10 @@ from qtoolkit.ops.statistics import (
     histogram,
     min_max,
     min_max_per_channel,
+    range_kl,
+    range_l2,
+    range_mse,
+    range_mse_per_channel,
 )
 from qtoolkit.ops.training import batch_norm_act, conv2d_train, max_pool2d_train
 from qtoolkit.ops.weight_only import (
@@ -125,6 +129,10 @@ __all__ = [
     "qdq_quantize",
     "quantize_per_channel",
     "quantize_per_tensor",
+    "range_kl",
+    "range_l2",
+    "range_mse",
+    "range_mse_per_channel",
     "requantize",
     "run_plan",
     "softmax",

@@ -23,3 +23,65 @@ def histogram(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
     Values outside and NaN are not counted. Raises ValueError if x is empty.
     """
     return torch.ops.qtoolkit.histogram(x, bins, lower, upper)
+
+
+def range_l2(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """The part of a histogram's range that `levels` codes represent with the least squared error.
+
+    1e-5 of the values at a time is cut from the end that gets more bins shorter by it, until the
+    error rises: the search of caffe2's NormMinimization and torch.ao's HistogramObserver, but that
+    the whole range is kept where it is the better one. Runs on the CPU.
+
+    Args:
+        counts: int64 [bins], not all zero, in bins of equal width over [min_val, max_val].
+        min_val, max_val: float32, one element each.
+        levels: number of codes, from 2 to 2^16.
+
+    Returns:
+        The least and the greatest value of the range, 0-dim float32.
+    """
+    return torch.ops.qtoolkit.range_l2(counts, min_val, max_val, levels)
+
+
+def range_kl(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """The range around 0 that changes a histogram the least in Kullback-Leibler divergence.
+
+    Arguments and results as in `range_l2`. Zero is a code of every range, so the bin that holds it
+    counts as its greater neighbour at most. Source: Migacz, "8-bit inference with TensorRT", 2017.
+    """
+    return torch.ops.qtoolkit.range_kl(counts, min_val, max_val, levels)
+
+
+def range_mse(
+    counts: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """The range of a histogram whose scale and zero point quantize it with the least squared error.
+
+    Each end is tried at every hundredth of its distance from 0, for affine codes both ends at all
+    pairs of them; values lie in the middle of their bin, and at 0 in the bin that holds 0.
+    Histogram and results as in `range_l2`.
+    """
+    return torch.ops.qtoolkit.range_mse(counts, min_val, max_val, quant_min, quant_max, symmetric)
+
+
+def range_mse_per_channel(
+    x: Tensor, ch_axis: int, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The range of each channel that quantizes it with the least squared error.
+
+    Tried are hundredths of the channel's own range, both ends at once. A channel that holds NaN or
+    infinity has the range NaN. Runs on the CPU.
+
+    Returns:
+        Least and greatest values, float32 [x.size(ch_axis)].
+    """
+    return torch.ops.qtoolkit.range_mse_per_channel(x, ch_axis, quant_min, quant_max, symmetric)
