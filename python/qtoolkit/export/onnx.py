@@ -151,13 +151,15 @@ def onnx(
     *,
     verify: bool = True,
     dynamic_batch: bool = True,
+    form: str = "qdq",
     opset: int = MIN_OPSET,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     int4_weights: bool = False,
+    encodings_version: str = "1.0.0",
     min_sqnr: float = 10.0,
 ) -> ExportReport:
-    """Writes a converted model as an ONNX file in QDQ form.
+    """Writes a model as an ONNX file, in QDQ form or in float with encodings beside it.
 
     Weights are int8 initializers and biases int32 ones, each behind a DequantizeLinear and in the
     file once. Codes have the name of the layer that makes them. ONNX Runtime computes convolutions,
@@ -165,14 +167,21 @@ def onnx(
     what it does not. A layer whose result is read in float, such as the last one, it computes in
     float, or multiplies on codes and adds in float.
 
+    With ``form="encodings"`` the file is the float model, batch norms folded, for toolchains that
+    quantize it themselves, such as Qualcomm's: ``<stem>.encodings`` beside it names tensors of the
+    file with their scales and offsets, in AIMET's format. The file's outputs must be the float
+    model's to 60 dB.
+
     Args:
-        model: the result of ``qt.convert``; one that is only prepared is converted first. It is not
-            changed.
+        model: the result of ``qt.convert``; one that is only prepared (and calibrated or trained)
+            is converted first, but for encodings, which are then those of its observers. Encodings
+            of a converted model come with its weights as they were rounded. It is not changed.
         path: the file; written under another name and renamed when all went well, so that an older
             file there stays whole if something fails. Beyond 2 GB the weights are in a second file
             beside it, ``<path>.data``.
         example_inputs: what ``model.forward`` takes, as a tuple.
         verify: run the file in ONNX Runtime, optimized and not, and compare it with the model.
+        form: "qdq" or "encodings".
         dynamic_batch: the first dimension is free, under the name ``batch``. Where the model fixes
             it the report says why.
         opset: version of ONNX's operators, 21 or more.
@@ -180,24 +189,39 @@ def onnx(
         output_names: of its outputs; the keys of a dict by default, else ``output``.
         int4_weights: store weights whose codes fit in 4 bits so. Runtimes that have no 4-bit kernel
             compute with them in float.
+        encodings_version: "1.0.0" or "0.6.1", of the format of encodings.
         min_sqnr: see ``registry.run_export``.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
         UnsupportedError: an operator has no translation, or there is no such opset; nothing was
             written.
-        ValueError: the model has no QDQ form, or the names do not fit it.
+        ValueError: the model has no QDQ form, the names do not fit it, or there is no such form.
+        RuntimeError: the model is only prepared, and has seen no data.
         MissingPackageError: a package is absent; the message gives the command.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
         VerificationError: the file computes something else; nothing is left at ``path``.
     """
-    target = OnnxTarget(
-        opset=opset,
-        input_names=input_names,
-        output_names=output_names,
-        int4_weights=int4_weights,
-    )
+    if form == "encodings":
+        from qtoolkit.export.encodings import MIN_SQNR, EncodingsTarget
+
+        target: OnnxTarget = EncodingsTarget(
+            opset=opset,
+            input_names=input_names,
+            output_names=output_names,
+            version=encodings_version,
+        )
+        min_sqnr = max(min_sqnr, MIN_SQNR)
+    elif form == "qdq":
+        target = OnnxTarget(
+            opset=opset,
+            input_names=input_names,
+            output_names=output_names,
+            int4_weights=int4_weights,
+        )
+    else:
+        raise ValueError(f'export.onnx: form must be "qdq" or "encodings", got {form!r}')
     return run_export(
         target,
         model,

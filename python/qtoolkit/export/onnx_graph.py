@@ -309,7 +309,8 @@ class Lowering:
 
     # Quantize and dequantize
 
-    def _lower_all(self) -> None:
+    def _name_values(self) -> set[str]:
+        """Names floats apart from codes; gives the prefixes that the constants of layers have."""
         prefixes = set()
         for node in self.graph:
             if node.op_type == "Quantize" and node.domain == DOMAIN:
@@ -319,6 +320,16 @@ class Lowering:
                 if ".layer." in name:
                     prefixes.add(name.rpartition(".")[0])
         self._rename_floats(prefixes)
+        return prefixes
+
+    def _layer_and_name(self, node: Any, prefixes: set[str]) -> tuple[str, str]:
+        """Of the constant that a node dequantizes."""
+        prefix, _, last = (node.inputs[0].name or "").rpartition(".")
+        layer = prefix.removesuffix(".layer") if prefix in prefixes else prefix
+        return layer, f"{layer}.{last}" if layer else last
+
+    def _lower_all(self) -> None:
+        prefixes = self._name_values()
         for node in list(self.graph):
             if node.domain != DOMAIN:
                 continue
@@ -404,9 +415,7 @@ class Lowering:
         codes = node.inputs[0].const_value.numpy()
         scale = node.inputs[1].const_value.numpy()
         axis = node.attributes["axis"].as_int()
-        prefix, _, last = (node.inputs[0].name or "").rpartition(".")
-        layer = prefix.removesuffix(".layer") if prefix in prefixes else prefix
-        name = f"{layer}.{last}" if layer else last
+        _, name = self._layer_and_name(node, prefixes)
         shape = [-1 if dim == axis else 1 for dim in range(codes.ndim)]
         # No operator has scales along several dimensions, as a grouped transposed convolution's.
         spread = axis < 0 and scale.size > 1

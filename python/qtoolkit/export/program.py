@@ -174,10 +174,16 @@ class QdqProgram:
         Raises:
             ValueError: see ``graph.qdq.to_qdq``.
         """
+        qdq = to_qdq(model, branches=branches)
+        return cls.of_marked(qdq, example_inputs, dynamic_batch=dynamic_batch)
+
+    @classmethod
+    def of_marked(
+        cls, model: nn.Module, example_inputs: tuple[Any, ...], *, dynamic_batch: bool = True
+    ) -> QdqProgram:
+        """The program of a model that has the operators of ``ops.qdq_quantize``."""
         example_inputs = copy.deepcopy(example_inputs)
-        exported, reason = trace(
-            to_qdq(model, branches=branches), example_inputs, dynamic_batch=dynamic_batch
-        )
+        exported, reason = trace(model, example_inputs, dynamic_batch=dynamic_batch)
         constants, inputs = {}, []
         values = {**exported.state_dict, **exported.constants}
         for spec in exported.graph_signature.input_specs:

@@ -98,6 +98,8 @@ class Target:
     exact: bool = False
     #: Whether its runtime gives the codes of quantized layers, which are then compared one by one.
     gives_codes: ClassVar[bool] = True
+    #: Whether a model that is only prepared is converted first.
+    converts: ClassVar[bool] = True
     #: Whether a residual's other branch has codes before the addition, see ``graph.qdq.to_qdq``.
     branches: ClassVar[bool] = True
 
@@ -238,13 +240,13 @@ def _inputs(example_inputs: Any, target: str) -> tuple[Any, ...]:
     return copy.deepcopy(tuple(example_inputs))
 
 
-def _converted(model: Any, target: str) -> nn.Module:
+def _copied(model: Any, target: str, converts: bool) -> nn.Module:
     """A copy of the model in eval mode on the CPU, converted if it is only prepared."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"export.{target} needs a torch.nn.Module, got {type(model).__name__}")
     report = get_report(model)
     if report is not None and not report.converted:
-        return convert(model).eval().cpu()
+        return convert(model).eval().cpu() if converts else copy.deepcopy(model).eval().cpu()
     if any(is_observer(module) for module in model.modules()):
         raise ValueError(
             f"export.{target}: this model simulates formats that have no integer kernel (see "
@@ -302,7 +304,8 @@ def run_export(
     if verify:
         _require(target, target.runtime, f"verifying a file of export.{target.name}")
     inputs = _inputs(example_inputs, target.name)
-    job = Job(_converted(model, target.name), inputs, dynamic_batch, target.branches)
+    copied = _copied(model, target.name, target.converts)
+    job = Job(copied, inputs, dynamic_batch, target.branches)
     with staged(path) as temporary:
         target.check(job)
         warnings = target.write(job, temporary)
