@@ -204,7 +204,7 @@ OpType = type | str | Callable[..., Any]
 Entry = tuple[str, QConfig | None]
 
 
-def _canonical_type_name(op_type: OpType) -> str:
+def canonical_type_name(op_type: OpType) -> str:
     """torch.nn's modules by their public name, other types qualified, functions by their name."""
     if isinstance(op_type, str):
         name = op_type
@@ -218,7 +218,7 @@ def _canonical_type_name(op_type: OpType) -> str:
     return f"torch.nn.{public[1]}" if public and hasattr(torch.nn, public[1]) else name
 
 
-def _same_type(a: str, b: str) -> bool:
+def same_type(a: str, b: str) -> bool:
     """Equal, or one is a short form of the other: "Conv2d" and "torch.nn.Conv2d"."""
     return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
 
@@ -262,7 +262,7 @@ class QConfigMapping(_JsonFields):
             qconfig: what its layers get; None keeps them in float.
         """
         _check_qconfig("set_module_type", qconfig)
-        entry = (_canonical_type_name(op_type), qconfig)
+        entry = (canonical_type_name(op_type), qconfig)
         return replace(self, module_types=_with_last(self.module_types, entry))
 
     def set_module_name(self, pattern: str, qconfig: QConfig | None) -> QConfigMapping:
@@ -270,7 +270,7 @@ class QConfigMapping(_JsonFields):
 
         Args:
             pattern: a shell pattern (`fnmatch`, case-sensitive): "fc", "layer1.*", "*.conv1".
-                "layer1" applies to "layer1.0.conv1" too.
+                "layer1" applies to "layer1.0.conv1" too, and to functions that its `forward` calls.
             qconfig: what these layers get; None keeps them in float.
         """
         if not isinstance(pattern, str) or not pattern:
@@ -278,19 +278,20 @@ class QConfigMapping(_JsonFields):
         _check_qconfig("set_module_name", qconfig)
         return replace(self, module_names=_with_last(self.module_names, (pattern, qconfig)))
 
-    def qconfig_for(self, name: str, op_type: OpType) -> QConfig | None:
+    def qconfig_for(self, name: str, op_type: OpType, *, inside: str = "") -> QConfig | None:
         """The QConfig of one layer.
 
         Args:
-            name: dotted name of the module.
+            name: dotted name of the module, or name of a function's call.
             op_type: its class, or the name of the class or of the function.
+            inside: dotted name of the module whose ``forward`` makes the call, for a function.
         """
         for pattern, qconfig in reversed(self.module_names):
-            if matches_name(pattern, name):
+            if matches_name(pattern, name) or (inside and matches_name(pattern, inside)):
                 return qconfig
-        type_name = _canonical_type_name(op_type)
+        type_name = canonical_type_name(op_type)
         for known, qconfig in reversed(self.module_types):
-            if _same_type(known, type_name):
+            if same_type(known, type_name):
                 return qconfig
         return self.global_qconfig
 

@@ -20,13 +20,8 @@ from dropin import (
 from torch import nn
 
 import qtoolkit as qt
-import qtoolkit.quantization as tq_ours
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.ao.quantization:DeprecationWarning",
-    "ignore:Please use quant_min and quant_max:UserWarning",
-    "ignore:.*(TypedStorage|torch.jit|quantized_engine|reduce_range).*",
-)
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.ao warns of its own end
 
 
 def static(tq, backend="x86"):
@@ -303,7 +298,7 @@ def test_errors_say_what_to_do():
         ours.convert(prepared)
     with pytest.raises(ValueError, match="prepared or converted already"):
         ours.prepare(prepared)
-    with pytest.raises(tq_ours.UnsupportedError, match="allow_list must be None; set"):
+    with pytest.raises(ours.UnsupportedError, match="allow_list must be None; set"):
         ours.prepare(model, allow_list={nn.Linear})
     with pytest.raises(ValueError, match=r"unknown backend 'tpu'; use one of .*qnnpack"):
         ours.get_default_qconfig("tpu")

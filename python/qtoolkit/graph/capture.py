@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from qtoolkit.graph.inplace import AliasError, changes_input, remove_inplace
-from qtoolkit.graph.modules import bound_arguments, graph_modules
+from qtoolkit.graph.modules import bound_arguments, graph_modules, is_kept_whole
 from qtoolkit.graph.plain import is_plain
 from qtoolkit.nn.stubs import Stub
 
@@ -91,7 +91,9 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.uncaptured or isinstance(m, torch.jit.ScriptModule | Stub):
+        if module_qualified_name in self.uncaptured or is_kept_whole(m):
+            return True
+        if isinstance(m, torch.jit.ScriptModule | Stub):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -151,6 +153,9 @@ def _capture(module: nn.Module, name: str, state: _State) -> nn.Module:
         uncaptured.append(
             Uncaptured(name, "ScriptModule", "a TorchScript module has no Python code", "")
         )
+        return module
+    if is_kept_whole(module):
+        uncaptured.append(Uncaptured(name, type(module).__qualname__, "it is kept whole", ""))
         return module
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         _capture_children(module, name, state)

@@ -33,6 +33,26 @@ def free_name(module: nn.Module, name: str) -> str:
     return f"{name}_{number}"
 
 
+def innermost_module(node: fx.Node) -> str:
+    """Dotted name of the module that a captured node calls, or in whose ``forward`` a function is
+    called; empty for the captured module itself."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(next(reversed(stack.values()))[0])
+
+
+_WHOLE = "qtoolkit_whole"
+
+
+def keep_whole(module: nn.Module) -> None:
+    """Marks a module that capture must not look into; it stays in float."""
+    setattr(module, _WHOLE, True)
+
+
+def is_kept_whole(module: nn.Module) -> bool:
+    """True for a module that ``keep_whole`` marked."""
+    return hasattr(module, _WHOLE)
+
+
 def bound_arguments(
     module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:

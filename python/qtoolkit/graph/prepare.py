@@ -13,7 +13,12 @@ from qtoolkit.fake_quantize import FakeQuantize, make_fake_quantize
 from qtoolkit.graph.capture import Capture, Uncaptured
 from qtoolkit.graph.fuse_qat import fuse_qat
 from qtoolkit.graph.idioms import find_channel_shuffles, find_layer_norms, split_padding
-from qtoolkit.graph.modules import called_module, free_name, graph_modules
+from qtoolkit.graph.modules import (
+    called_module,
+    free_name,
+    graph_modules,
+    innermost_module,
+)
 from qtoolkit.graph.normalize import (
     float_node,
     fold_batch_norms,
@@ -130,8 +135,10 @@ def _assign_qconfigs(
         if called is None or pattern is None:
             continue
         name = _layer_name(prefix, node, module)
-        seen.append(name)
-        qconfig = mapping.qconfig_for(name, getattr(called, "op_name", type(called)))
+        inside = prefix + innermost_module(node)
+        seen += [name, inside]
+        op_type = getattr(called, "op_name", type(called))
+        qconfig = mapping.qconfig_for(name, op_type, inside=inside)
         reason = not_plain(called) or pattern.unsupported(called)
         if read_directly(str(node.target), module):
             reason = "forward reads its parameters itself"

@@ -19,6 +19,7 @@ from qtoolkit.quantization import (
     observer,
     qconfig,
     qconfig_mapping,
+    quantize_fx,
     stubs,
 )
 from qtoolkit.quantization.errors import UnsupportedError
@@ -247,6 +248,7 @@ __all__ = [
     "qconfig",
     "qconfig_mapping",
     "quantize",
+    "quantize_fx",
     "quantize_qat",
     "stubs",
     "to_qtoolkit",

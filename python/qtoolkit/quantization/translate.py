@@ -98,10 +98,21 @@ def qconfig_of(qconfig: Any, where: str) -> QConfig | None:
         return qconfig
     if not (hasattr(qconfig, "activation") and hasattr(qconfig, "weight")):
         raise TypeError(f"{where}: expected a QConfig or None, got {type(qconfig).__name__}")
-    return QConfig(
-        spec_of(qconfig.activation, f"{where}: activation"),
-        spec_of(qconfig.weight, f"{where}: weight"),
-    )
+    activation = spec_of(qconfig.activation, f"{where}: activation")
+    # Where only activations are quantized, the weight may be given as float16.
+    passing = getattr(qconfig.weight, "__name__", "") in _FLOAT
+    weight = None if passing else spec_of(qconfig.weight, f"{where}: weight")
+    return QConfig(activation, weight)
+
+
+def _inherits(qconfig: Any) -> bool:
+    """True for what torch.ao's default mapping sets for kinds of layers that need nothing here:
+    those that only move values, and functions of a known range."""
+    if qconfig is None or isinstance(qconfig, QConfig) or not callable(qconfig.activation):
+        return False
+    made = qconfig.activation()
+    names = {type(made).__name__, type(getattr(made, "activation_post_process", made)).__name__}
+    return any("FixedQParams" in name or name == "ReuseInputObserver" for name in names)
 
 
 def mapping_of_modules(model: nn.Module) -> QConfigMapping:
@@ -140,6 +151,8 @@ def mapping_of(given: Any, model: nn.Module) -> QConfigMapping:
     mapping = QConfigMapping().set_global(qconfig_of(given.global_qconfig, "global"))
     for object_type, qconfig in given.object_type_qconfigs.items():
         where = getattr(object_type, "__name__", str(object_type))
+        if _inherits(qconfig):
+            continue
         mapping = mapping.set_module_type(object_type, qconfig_of(qconfig, where))
     # The first expression counts there, the last setting here.
     for expression, qconfig in reversed(given.module_name_regex_qconfigs.items()):

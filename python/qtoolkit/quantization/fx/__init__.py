@@ -1,0 +1,1 @@
+"""Where torch.ao has its custom configurations."""
