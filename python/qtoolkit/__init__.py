@@ -19,6 +19,7 @@ from qtoolkit.dynamic import quantize_dynamic
 from qtoolkit.explain import explain
 from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.metrics import evaluate, model_size
+from qtoolkit.mixed_precision import LayerChoice, MixedPrecision, mixed_precision
 from qtoolkit.plan_file import load_plan, save_plan
 from qtoolkit.presets import low_bit_qconfig_mapping
 from qtoolkit.qconfig import (
@@ -46,8 +47,10 @@ __all__ = [
     "Comparison",
     "FakeQuantize",
     "InvalidFileError",
+    "LayerChoice",
     "LayerComparison",
     "LayerSensitivity",
+    "MixedPrecision",
     "QATSchedule",
     "QConfig",
     "QConfigMapping",
@@ -77,6 +80,7 @@ __all__ = [
     "load",
     "load_plan",
     "low_bit_qconfig_mapping",
+    "mixed_precision",
     "model_size",
     "nn",
     "observers",

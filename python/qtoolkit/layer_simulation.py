@@ -151,6 +151,10 @@ class Simulation:
             for layer in _layers(graph, f"{prefix}." if prefix else "")
         ]
 
+    def observers(self) -> list[nn.Module]:
+        """What ``prepare`` put on activations."""
+        return [module for module in self.model.modules() if is_observer(module)]
+
     def run(self, *inputs: Any) -> Any:
         """The float output; the runs of ``run_with`` that follow are for the same inputs."""
         self._inputs = inputs

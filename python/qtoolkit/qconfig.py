@@ -9,7 +9,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -251,7 +251,7 @@ class QConfigMapping(_JsonFields):
     def set_global(self, qconfig: QConfig | None) -> QConfigMapping:
         """Sets what applies to every layer that no other setting names."""
         _check_qconfig("set_global", qconfig)
-        return replace(self, global_qconfig=qconfig)
+        return self._with(global_qconfig=qconfig)
 
     def set_module_type(self, op_type: OpType, qconfig: QConfig | None) -> QConfigMapping:
         """Sets the QConfig of a kind of operation.
@@ -263,7 +263,7 @@ class QConfigMapping(_JsonFields):
         """
         _check_qconfig("set_module_type", qconfig)
         entry = (canonical_type_name(op_type), qconfig)
-        return replace(self, module_types=_with_last(self.module_types, entry))
+        return self._with(module_types=_with_last(self.module_types, entry))
 
     def set_module_name(self, pattern: str, qconfig: QConfig | None) -> QConfigMapping:
         """Sets the QConfig of the modules whose dotted name matches, and of what they hold.
@@ -276,7 +276,12 @@ class QConfigMapping(_JsonFields):
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(f"set_module_name: the pattern must be a name, got {pattern!r}")
         _check_qconfig("set_module_name", qconfig)
-        return replace(self, module_names=_with_last(self.module_names, (pattern, qconfig)))
+        return self._with(module_names=_with_last(self.module_names, (pattern, qconfig)))
+
+    def _with(self, **changes: Any) -> QConfigMapping:
+        """A mapping of this class itself, as a subclass's further fields would not hold for it."""
+        own = {field.name: getattr(self, field.name) for field in fields(QConfigMapping)}
+        return QConfigMapping(**{**own, **changes})
 
     def qconfig_for(self, name: str, op_type: OpType, *, inside: str = "") -> QConfig | None:
         """The QConfig of one layer.

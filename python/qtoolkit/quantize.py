@@ -12,6 +12,7 @@ from torch import nn
 
 from qtoolkit.algorithms import BEFORE, Context
 from qtoolkit.graph.report import model_inputs
+from qtoolkit.qconfig import QConfigMapping
 from qtoolkit.recipe import Recipe, get_recipe
 from qtoolkit.workflow import calibrate, convert, prepare
 
@@ -19,7 +20,7 @@ from qtoolkit.workflow import calibrate, convert, prepare
 def quantize(
     model: nn.Module,
     loader: Iterable[Any],
-    recipe: str | Recipe | os.PathLike[str] = "w8a8",
+    recipe: str | Recipe | QConfigMapping | os.PathLike[str] = "w8a8",
     *,
     example_inputs: Any = None,
     max_batches: int = 32,
@@ -31,7 +32,8 @@ def quantize(
         model: the float model, in any mode; it is not changed.
         loader: calibration batches: tensors, or tuples that begin with the model's inputs. They are
             kept in memory for the passes.
-        recipe: a name (see ``recipe_names``), the path of a JSON or YAML file, or a ``Recipe``.
+        recipe: a name (see ``recipe_names``), the path of a JSON or YAML file, a ``Recipe``, or a
+            ``QConfigMapping``, which gets the passes of "w8a8".
         example_inputs: what ``model.forward`` takes, as a tuple; if None, the first tensor of the
             first batch.
         max_batches: use so many batches at most.

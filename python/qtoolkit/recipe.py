@@ -171,18 +171,20 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(_RECIPES)
 
 
-def get_recipe(recipe: str | Recipe | os.PathLike[str]) -> Recipe:
+def get_recipe(recipe: str | Recipe | QConfigMapping | os.PathLike[str]) -> Recipe:
     """A recipe by name, or from a file.
 
     Args:
-        recipe: one of ``recipe_names()``; a path of a JSON or YAML file; or a recipe, which is
-            returned.
+        recipe: one of ``recipe_names()``; a path of a JSON or YAML file; a mapping, which gets the
+            passes of "w8a8"; or a recipe, which is returned.
 
     Raises:
         ValueError: no such name or file, or the file is no recipe.
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if isinstance(recipe, QConfigMapping):
+        return Recipe("mapping", recipe, get_recipe("w8a8").passes)
     name = os.fspath(recipe)
     if name in _RECIPES:
         return _RECIPES[name]()

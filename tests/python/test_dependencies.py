@@ -63,7 +63,8 @@ PYTHON_LAYERS = [
         "plan_file",
         "quantize",
     },
-    {"sensitivity"},
+    {"sensitivity", "layer_costs"},
+    {"mixed_precision"},
     {"quantization"},
     {""},  # the package itself
     {"__main__"},

@@ -38,7 +38,7 @@ from qtoolkit.graph.resizing import replace_upsample
 from qtoolkit.graph.same_values import origin
 from qtoolkit.graph.shapes import float_shape, propagate_shapes
 from qtoolkit.graph.shared import SharedObserver, shared_ranges
-from qtoolkit.nn.kernels import activation_without_kernel, weight_without_kernel
+from qtoolkit.nn.kernels import activation_without_kernel, is_half, weight_without_kernel
 from qtoolkit.nn.qat.batch_norm import make_freezable
 from qtoolkit.observers import Observer, make_observer
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec, matches_name
@@ -177,7 +177,7 @@ def _reason_without_kernel(qconfig: QConfig, *, has_weight: bool) -> str | None:
 def _check_observed(qconfig: QConfig | None, name: str) -> None:
     """Post-training quantization has no training in which another method could learn."""
     for spec in () if qconfig is None else (qconfig.activation, qconfig.weight):
-        if spec is not None and spec.method != "observed":
+        if spec is not None and spec.method != "observed" and not is_half(spec):
             raise ValueError(
                 f"prepare: {name} is to be quantized with method {spec.method!r}, which is for "
                 'training: use qt.prepare_qat, or method "observed"'

@@ -8,6 +8,12 @@ from qtoolkit.qconfig import TensorSpec
 _MOST_BITS = 8
 
 
+def is_half(spec: TensorSpec) -> bool:
+    """Whether values are floats of 16 bits, which need no range."""
+    number_format = get_format(spec.format)
+    return number_format.kind == "float" and number_format.bits == 16
+
+
 def activation_without_kernel(spec: TensorSpec) -> str | None:
     """Why activations of a specification are not codes of an integer kernel, or None."""
     number_format = get_format(spec.format)
