@@ -16,7 +16,7 @@ from qtoolkit.export.files import staged
 from qtoolkit.nn.plan import Plan
 
 
-def _whole_plan(model: nn.Module) -> tuple[Plan, list[int], list[int]]:
+def whole_plan(model: nn.Module) -> tuple[Plan, list[int], list[int]]:
     """The plan that is all of a compiled model.
 
     Returns:
@@ -89,7 +89,7 @@ def save_plan(model: nn.Module, path: str | os.PathLike[str], example_inputs: An
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_plan needs a torch.nn.Module, got {type(model).__name__}")
-    plan, inputs, outputs = _whole_plan(model)
+    plan, inputs, outputs = whole_plan(model)
     with staged(path) as file:
         _with_outputs(plan.plan, outputs).save(str(file))
         if example_inputs is not None:

@@ -3,6 +3,7 @@
 from qtoolkit.export.errors import MissingPackageError, UnsupportedError, VerificationError
 from qtoolkit.export.onnx import onnx
 from qtoolkit.export.openvino import openvino
+from qtoolkit.export.plan import plan
 from qtoolkit.export.pt2 import pt2
 from qtoolkit.export.registry import LoadedModel, TargetInfo, load, targets
 from qtoolkit.export.report import ExportReport, LayersReport, OutputReport
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "onnx",
     "openvino",
+    "plan",
     "pt2",
     "targets",
     "tensorrt",
