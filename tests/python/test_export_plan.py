@@ -50,7 +50,7 @@ def test_what_is_not_one_plan_is_named_and_not_written(tmp_path):
     with pytest.raises(qt.export.UnsupportedError, match=r"export.plan: .* run in PyTorch \('"):
         qt.export.plan(simple(Odd()), tmp_path / "m.qtplan", (images(0),), tune=False)
     with pytest.raises(qt.export.UnsupportedError, match=r"needs the result of qt\.convert"):
-        qt.export.plan(nn.Linear(3, 3), tmp_path / "m.qtplan", (images(0),))
+        qt.export.plan(nn.Linear(12, 3), tmp_path / "m.qtplan", (images(0),))
     assert list(tmp_path.iterdir()) == []
 
 
