@@ -9,6 +9,7 @@ from qtoolkit.export.registry import LoadedModel, TargetInfo, load, targets
 from qtoolkit.export.report import ExportReport, LayersReport, OutputReport
 from qtoolkit.export.tensorrt import tensorrt
 from qtoolkit.export.tensorrt_rules import Rule, Violation, check_tensorrt
+from qtoolkit.export.tflite import tflite
 from qtoolkit.export.torchscript import torchscript
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "pt2",
     "targets",
     "tensorrt",
+    "tflite",
     "torchscript",
 ]
