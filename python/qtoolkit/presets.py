@@ -73,15 +73,23 @@ def low_bit_qconfig_mapping(
         _weight(eight.weight, weight_format, method),
     )
     mapping = QConfigMapping().set_global(few)
+    return keep_edges(model, mapping, eight) if edge_bits is not None else mapping
+
+
+def keep_edges(model: nn.Module, mapping: QConfigMapping, qconfig: QConfig) -> QConfigMapping:
+    """The mapping with another QConfig for the first and the last layer with a weight, in the order
+    in which the model registers them, and, where activations have fewer bits, for average pooling.
+    """
     layers = [name for name, m in model.named_modules() if isinstance(m, _WEIGHTED)]
-    if edge_bits is None or not layers:
+    if not layers:
         return mapping
-    if activation_bits < 8:
+    few = mapping.global_qconfig
+    if few is not None and few.activation is not None and few.activation.format[-1] != "8":
         for pooling in _POOLING:
-            mapping = mapping.set_module_type(pooling, eight)
+            mapping = mapping.set_module_type(pooling, qconfig)
     for name in dict.fromkeys((layers[0], layers[-1])):
         # A model that is one layer has no name to set.
-        mapping = mapping.set_module_name(name, eight) if name else mapping.set_global(eight)
+        mapping = mapping.set_module_name(name, qconfig) if name else mapping.set_global(qconfig)
     return mapping
 
 

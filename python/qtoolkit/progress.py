@@ -27,9 +27,11 @@ def batch_bar(
     )
 
 
-def progress_bar(items: Iterable[Any], description: str, *, progress: bool) -> tqdm:
-    """Items with a bar."""
-    return tqdm(items, desc=description, disable=not progress)
+def progress_bar(
+    items: Iterable[Any], description: str, *, progress: bool, total: int | None = None
+) -> tqdm:
+    """Items with a bar; ``total`` says how many there are where ``items`` has no length."""
+    return tqdm(items, desc=description, disable=not progress, total=total)
 
 
 def _batch_count(loader: Iterable[Any], max_batches: int | None) -> int | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qtoolkit.algorithms import AFTER, BEFORE, Algorithm, make_algorithm
-from qtoolkit.qconfig import QConfigMapping, get_default_qconfig_mapping
+from qtoolkit.presets import keep_edges
+from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec, get_default_qconfig_mapping
 
 #: Version of the recipes that this package writes; it reads that and earlier ones.
 VERSION = 1
@@ -25,6 +28,8 @@ class Recipe:
         name: for reports.
         mapping: how each layer is quantized.
         passes: algorithms in the order in which they run; those before calibration come first.
+        edges: how the first and the last layer with a weight are quantized, and average pooling
+            between layers of fewer bits; None: as ``mapping`` says.
 
     Raises:
         TypeError: a field has a wrong type.
@@ -34,12 +39,17 @@ class Recipe:
     name: str
     mapping: QConfigMapping
     passes: tuple[Algorithm, ...] = ()
+    edges: QConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mapping, QConfigMapping):
             raise TypeError(
                 f"recipe {self.name!r}: mapping must be a QConfigMapping, got "
                 f"{type(self.mapping).__name__}"
+            )
+        if self.edges is not None and not isinstance(self.edges, QConfig):
+            raise TypeError(
+                f"recipe {self.name!r}: edges must be a QConfig, got {type(self.edges).__name__}"
             )
         for algorithm in self.passes:
             if not isinstance(algorithm, Algorithm):
@@ -53,6 +63,10 @@ class Recipe:
                 f"after it: {[algorithm.name for algorithm in self.passes]}"
             )
 
+    def mapping_for(self, model: nn.Module) -> QConfigMapping:
+        """How each layer of a float model is quantized."""
+        return self.mapping if self.edges is None else keep_edges(model, self.mapping, self.edges)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, with the version."""
         passes = [
@@ -64,6 +78,7 @@ class Recipe:
             "name": self.name,
             "mapping": self.mapping.to_dict(),
             "passes": passes,
+            "edges": None if self.edges is None else self.edges.to_dict(),
         }
 
     @classmethod
@@ -76,7 +91,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a recipe must be an object with keys, got {type(data).__name__}")
-        allowed = {"version", "name", "mapping", "target", "passes"}
+        allowed = {"version", "name", "mapping", "target", "passes", "edges"}
         unknown = sorted(set(data) - allowed)
         if unknown:
             raise ValueError(f"recipe: unknown keys {unknown}; the keys are {sorted(allowed)}")
@@ -100,7 +115,13 @@ class Recipe:
             if "mapping" in data
             else get_default_qconfig_mapping(data["target"])
         )
-        return cls(str(data.get("name", "recipe")), mapping, tuple(map(_pass_of, passes)))
+        edges = data.get("edges")
+        return cls(
+            str(data.get("name", "recipe")),
+            mapping,
+            tuple(map(_pass_of, passes)),
+            None if edges is None else QConfig.from_dict(edges),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the recipe as JSON, or as YAML where the name ends so."""
@@ -150,19 +171,35 @@ def _yaml() -> Any:
     return yaml
 
 
-def _plain(target: str) -> Callable[[], Recipe]:
-    return lambda: Recipe(target, get_default_qconfig_mapping(target))
+def _target(target: str, *passes: str) -> Callable[[], Recipe]:
+    """The default mapping of a runtime with some algorithms."""
+    return lambda: Recipe(
+        target, get_default_qconfig_mapping(target), tuple(map(make_algorithm, passes))
+    )
+
+
+def _few_bits(name: str, activation: str, *passes: str) -> Recipe:
+    """4-bit weights, with the first and the last layer at 8 bits."""
+    eight = get_default_qconfig_mapping("x86").global_qconfig
+    assert eight is not None
+    weight = TensorSpec("int4", "per_channel", symmetric=True, observer="per_channel_minmax")
+    mapping = QConfigMapping().set_global(QConfig(TensorSpec(activation), weight))
+    return Recipe(name, mapping, tuple(map(make_algorithm, passes)), eight)
+
+
+def _named(name: str, make: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    return lambda: replace(make(), name=name)
 
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {
-    "w8a8": lambda: Recipe(
-        "w8a8", get_default_qconfig_mapping("x86"), (make_algorithm("bias_correction"),)
-    ),
-    "w8a8-fast": lambda: Recipe("w8a8-fast", get_default_qconfig_mapping("x86")),
-    "tensorrt": _plain("tensorrt"),
-    "openvino": _plain("openvino"),
-    "tflite": _plain("tflite"),
-    "qnnpack": _plain("qnnpack"),
+    "w8a8": _named("w8a8", _target("x86", "bias_correction")),
+    "w8a8-fast": _named("w8a8-fast", _target("x86")),
+    "w4a8": lambda: _few_bits("w4a8", "uint8", "adaround", "bias_correction"),
+    "tensorrt": _target("tensorrt", "bias_correction"),
+    "openvino": _target("openvino", "bias_correction"),
+    "tflite": _target("tflite", "bias_correction"),
+    # One scale for all channels of a weight.
+    "qnnpack": _target("qnnpack", "cross_layer_equalization", "bias_correction"),
 }
 
 

@@ -46,12 +46,11 @@ PYTHON_LAYERS = [
     {"distributed"},
     {"graph"},
     {"algorithms"},
-    {"recipe"},
+    {"recipe", "presets"},
     {"html", "measures", "batches", "checkpoint", "layer_formats", "layer_simulation"},
     {
         "workflow",
         "dynamic",
-        "presets",
         "training",
         "export",
         "metrics",

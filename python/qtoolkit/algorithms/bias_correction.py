@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from qtoolkit.algorithms.context import Context, Layer
 from qtoolkit.algorithms.registry import AFTER, Algorithm, register_algorithm
-from qtoolkit.progress import progress_bar
+from qtoolkit.algorithms.walk import walk
 
 
 @register_algorithm("bias_correction")
@@ -26,33 +27,29 @@ class BiasCorrection(Algorithm):
 
     Args:
         activations: quantize activations as well while the means are taken; else weights alone.
+        samples: use so many samples at most.
     """
 
     activations: bool = True
+    samples: int = 64
 
     stage = AFTER
 
     def run(self, context: Context) -> None:
-        wanted = _means(context, context.layers)
-        reached = [layer for layer in context.layers if layer in wanted]
-        with context.simulated(activations=self.activations):
-            for layer in progress_bar(reached, "bias correction", progress=context.progress):
-                shift = _means(context, [layer])[layer] - wanted[layer]
-                bias = layer.module.bias
-                # A new one: the calls of a layer that is called several times share theirs.
-                corrected = -shift if bias is None else bias.detach() - shift
-                layer.module.bias = nn.Parameter(corrected, requires_grad=False)
+        few = context.limited(self.samples)
+        with few.simulated(activations=self.activations):
+            visits = walk(few, few.layers)
+            for visit, done in few.steps(visits, "bias correction", len(few.layers)):
+                if not done:
+                    layer = visit.layer
+                    shift = _mean(layer, visit.outputs()) - _mean(layer, visit.float_outputs())
+                    bias = layer.module.bias
+                    layer.set_bias(-shift if bias is None else bias.detach() - shift)
 
 
-def _means(context: Context, layers: list[Layer]) -> dict[Layer, Tensor]:
-    """The mean of each output channel over all data, of the layers that the data reaches."""
-    sums: dict[Layer, Tensor] = {}
-    counts: dict[Layer, int] = {}
-
-    def add(layer: Layer, output: Tensor) -> None:
-        channels = output.movedim(-1 if isinstance(layer.module, nn.Linear) else 1, 0).flatten(1)
-        sums[layer] = sums.get(layer, 0.0) + channels.double().sum(1)
-        counts[layer] = counts.get(layer, 0) + channels.shape[1]
-
-    context.watch(layers, add)
-    return {layer: (total / counts[layer]).float() for layer, total in sums.items()}
+def _mean(layer: Layer, outputs: list[Tensor]) -> Tensor:
+    """The mean of each output channel over all calls."""
+    axis = -1 if isinstance(layer.module, nn.Linear) else 1
+    channels = [output.movedim(axis, 0).flatten(1) for output in outputs]
+    total = torch.stack([values.double().sum(1) for values in channels]).sum(0)
+    return (total / sum(values.shape[1] for values in channels)).float()

@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -154,6 +154,20 @@ def _fold_transposed(layer: nn.ConvTranspose2d, batch_norm: nn.Module) -> nn.Con
     return folded
 
 
+_STATISTICS = "qtoolkit_statistics"
+
+
+def set_folded_statistics(layer: nn.Module, mean: Tensor, deviation: Tensor) -> None:
+    """Notes mean and standard deviation of each output channel of a layer."""
+    setattr(layer, _STATISTICS, (mean, deviation))
+
+
+def folded_statistics(layer: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each output channel, as the batch norm that was folded in
+    makes them; None without one."""
+    return getattr(layer, _STATISTICS, None)
+
+
 def fold_batch_norms(module: fx.GraphModule) -> None:
     """Folds every batch norm that follows a convolution or linear layer into its weight and
     bias."""
@@ -179,6 +193,12 @@ def fold_batch_norms(module: fx.GraphModule) -> None:
             folded = _fold_transposed(layer, batch_norm)
         else:
             folded = fuse_conv_bn_eval(layer, batch_norm)  # type: ignore[type-var]
+        assert batch_norm.running_var is not None
+        mean = torch.zeros_like(batch_norm.running_var)
+        deviation = torch.ones_like(mean)
+        if batch_norm.weight is not None:
+            mean, deviation = batch_norm.bias.detach(), batch_norm.weight.detach().abs()
+        set_folded_statistics(folded, mean, deviation)
         set_submodule(module, str(node.target), folded)
         node.meta[FLOAT_NODE] = float_node(user)
         user.replace_all_uses_with(node)

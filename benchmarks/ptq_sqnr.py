@@ -1,0 +1,179 @@
+"""How close W8A8 after training stays to FP32, beside ONNX Runtime's and NNCF's quantizers.
+
+    python benchmarks/ptq_sqnr.py
+    python benchmarks/ptq_sqnr.py --models vit_b_16 --recipe w8a8-fast
+
+Random weights, batch-norm statistics settled on data; all calibrate on the same images. Printed:
+SQNR of the logits in dB, of ONNX Runtime's `quantize_static` (QDQ, weights per channel) and of
+`nncf.quantize` on the OpenVINO model, each run in its own runtime. Random networks amplify noise,
+so the differences count, not the levels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _bench
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import qtoolkit as qt
+
+from _common import markdown_table  # isort: skip  (examples/)
+
+#: Name and image size: the least that the network takes, or what keeps its output from vanishing.
+MODELS = {
+    "resnet18": 64,
+    "resnet50": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "mobilenet_v3_large": 64,
+    "efficientnet_b0": 64,
+    "shufflenet_v2_x1_0": 64,
+    "densenet121": 64,
+    "googlenet": 96,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "vit_b_16": 64,
+}
+TRANSFORMERS = ("swin_t", "vit_b_16")
+BATCH, BATCHES = 8, 4
+ALLOWED = 0.5  # dB
+
+
+def make_model(name: str, size: int) -> nn.Module:
+    if name not in ("vit_b_16", "convnext_tiny"):
+        return _bench.settled_model(name, size)
+    torch.manual_seed(0)
+    options = {"image_size": size} if name == "vit_b_16" else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if name == "vit_b_16":
+        nn.init.normal_(model.heads.head.weight, std=0.05)  # torchvision's is zero
+    for key, parameter in model.named_parameters():
+        if key.endswith("layer_scale"):
+            nn.init.constant_(parameter, 0.5)  # 1e-6 would switch the blocks off
+    return model.eval()
+
+
+def qtoolkit(model: nn.Module, batches: list[Tensor], recipe: str) -> Callable[[Tensor], Tensor]:
+    return qt.quantize(model, batches, recipe, progress=False)
+
+
+def onnx_runtime(model: nn.Module, batches: list[Tensor], folder: Path) -> Callable[..., Tensor]:
+    import onnxruntime as ort
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {"x": batch.numpy()}
+
+    files = [folder / f"{name}.onnx" for name in ("float", "ready", "int8")]
+    torch.onnx.export(
+        model, (batches[0],), files[0], input_names=["x"], opset_version=17, dynamo=False
+    )
+    quant_pre_process(files[0], files[1], skip_symbolic_shape=True)
+    quantize_static(
+        files[1],
+        files[2],
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    session = ort.InferenceSession(files[2], providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def nncf_quantize(
+    model: nn.Module, batches: list[Tensor], *, transformer: bool
+) -> Callable[..., Tensor]:
+    import nncf
+    import openvino as ov
+
+    nncf.set_log_level(logging.ERROR)
+    converted = ov.convert_model(model, example_input=batches[0])
+    # Asymmetric activations, as those of the others are; NNCF's default is symmetric.
+    quantized = nncf.quantize(
+        converted,
+        nncf.Dataset(batches, lambda batch: batch.numpy()),
+        preset=nncf.QuantizationPreset.MIXED,
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        subset_size=len(batches),
+    )
+    compiled = ov.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+def measure(name: str, size: int, recipe: str) -> dict[str, float]:
+    """SQNR in dB of each quantizer's model on images that it has not seen."""
+    model = make_model(name, size)
+    batches = [_bench.structured_images(BATCH, size, seed) for seed in range(BATCHES)]
+    images = _bench.structured_images(BATCH, size, seed=1000)
+    here = Path.cwd()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        reference = model(images)
+        runs = {"qtoolkit": qtoolkit(model, batches, recipe)}
+        os.chdir(folder)  # where ONNX Runtime's tools leave files
+        try:
+            runs["onnxruntime"] = onnx_runtime(model, batches, Path(folder))
+        finally:
+            os.chdir(here)
+        runs["nncf"] = nncf_quantize(model, batches, transformer=name in TRANSFORMERS)
+        return {key: _bench.sqnr_db(reference, run(images)) for key, run in runs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--recipe", default="w8a8")
+    parser.add_argument("--no-write", action="store_true", help="leave the result file alone")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+    known = _bench.facts()
+    print(f"recipe {args.recipe}; {_bench.describe(known)}")
+    rows, results, behind = [], {}, []
+    for name in args.models:
+        start = time.perf_counter()
+        size = MODELS.get(name, 64)
+        found = measure(name, size, args.recipe)
+        best = max(found["onnxruntime"], found["nncf"])
+        if found["qtoolkit"] < best - ALLOWED:
+            behind.append(name)
+        results[name] = {"size": size, **found}
+        cells = [f"{value:.2f}" for value in found.values()]
+        rows.append([name, *cells, f"{found['qtoolkit'] - best:+.2f}"])
+        print(f"  {rows[-1]} {time.perf_counter() - start:.0f} s", flush=True)
+    header = ["Model", "qtoolkit dB", "ONNX Runtime dB", "NNCF dB", "to the better"]
+    print(markdown_table(header, rows))
+    if not args.no_write:
+        _bench.write_json("ptq_sqnr", {**known, "recipe": args.recipe, "models": results})
+    if behind:
+        sys.exit(f"more than {ALLOWED} dB below the better one: {', '.join(behind)}")
+
+
+if __name__ == "__main__":
+    main()
