@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from networks import ResNet, batches, settle
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qtoolkit as qt
 from qtoolkit.nn import Conv1d, Conv2d
@@ -68,17 +68,35 @@ def residual_layers(model: nn.Module) -> dict[str, nn.Module]:
     return adding
 
 
+class BeforeAddition(fx.Interpreter):
+    """Collects what a layer gives to the addition that reads it, and whether a ReLU follows."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__(fx.symbolic_trace(model))
+        (node,) = (node for node in self.module.graph.nodes if str(node.target) == layer)
+        (self.addition,) = node.users
+        (reader,) = self.addition.users
+        self.layer, self.relu = node, "relu" in str(reader.target)
+        self.values: list[tuple[Tensor, Tensor]] = []
+
+    def run_node(self, n: fx.Node) -> Tensor:
+        if n is self.addition:
+            (other,) = (arg for arg in n.args if arg is not self.layer)
+            # The addition is in place.
+            self.values.append((self.env[self.layer].clone(), self.env[other].clone()))
+        return super().run_node(n)
+
+
 def before_additions(model: nn.Module, shape: tuple[int, ...], name: str) -> list[Tensor]:
-    """What a layer of the float model gives, over the calibration data."""
-    values: list[Tensor] = []
-    layer = model.get_submodule(name)
-    # The addition is in place.
-    hook = layer.register_forward_hook(lambda *args: values.append(args[-1].clone()))
+    """What a layer of the float model gives, over the calibration data; before a ReLU no less than
+    makes a difference to it."""
+    run = BeforeAddition(model, name)
     with torch.no_grad():
         for x in batches(shape):
-            model(x)
-    hook.remove()
-    return values
+            run.run(x)
+    if not run.relu:
+        return [branch for branch, _ in run.values]
+    return [torch.maximum(branch, -residual.relu()) for branch, residual in run.values]
 
 
 def saturating(layer: nn.Module) -> tuple[float, float]:
@@ -141,6 +159,22 @@ def test_by_default_the_range_before_an_addition_has_the_least_squared_error(res
         whole(torch.cat(values))
         found = error(torch.cat(values), layer.branch_scale, layer.branch_zero_point)
         assert found <= 1.01 * error(torch.cat(values), *whole.calculate_qparams())
+
+
+def test_before_a_relu_the_codes_reach_no_lower_than_changes_the_result():
+    model = settle(ResNet(), SHAPE)
+    spec = qt.TensorSpec(observer="minmax")
+    for name, layer in residual_layers(qt.convert(prepared(model, SHAPE, spec))).items():
+        run = BeforeAddition(model, name.replace("conv2", "bn2"))
+        with torch.no_grad():
+            run.run(torch.cat(batches(SHAPE)))
+        ((branch, residual),) = run.values
+        step, zero_point = float(layer.branch_scale), int(layer.branch_zero_point)
+        # Finer than of the whole range, and nothing that the ReLU lets through is clipped.
+        assert step < 0.95 * float(branch.max() - branch.min()) / 255
+        coded = ((branch / step).round() + zero_point).clamp(0, 255).sub(zero_point) * step
+        error = (coded + residual).relu() - (branch + residual).relu()
+        assert float(error.abs().max()) <= 0.501 * step
 
 
 def test_observing_it_changes_no_other_number():

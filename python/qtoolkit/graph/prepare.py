@@ -342,6 +342,16 @@ def _observe_branches(
         name = f"{note.source} (before the addition)"
         observer = make_observer(branch_spec(note.qconfig.activation), name).to(device)
         _insert_observer(module, match.branch, "observer", observer.train(module.training))
+        if match.relu:
+            _show_residual(match.branch)
+
+
+def _show_residual(branch: fx.Node) -> None:
+    """Gives the observer of the value before an addition what is added to it, too."""
+    (observer,) = branch.users
+    (addition,) = observer.users
+    addition.prepend(observer)  # the other value may come after the branch
+    observer.args = (branch, *(arg for arg in addition.args if arg is not observer))
 
 
 def _make_batch_norms_freezable(module: fx.GraphModule) -> None:

@@ -90,11 +90,14 @@ class Observer(QuantizationState):
         """The spec of an observer that is made without one."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Records x unless frozen, and returns it unchanged.
 
         Args:
             x: floating point, any shape; statistics are taken in float32.
+            residual: what will be added to x, where a ReLU follows. Whatever lies below both zero
+                and -residual gives the same result, and is recorded as the larger of x and the
+                lesser of these. See ``graph.patterns.branch``.
 
         Raises:
             TypeError: x is not a floating-point tensor.
@@ -113,7 +116,8 @@ class Observer(QuantizationState):
                 "calibrate with batches that are not empty"
             )
         with torch.no_grad():
-            self.observe(x.detach().to(torch.float32))
+            recorded = x if residual is None else torch.maximum(x, (-residual).clamp(max=0))
+            self.observe(recorded.detach().to(torch.float32))
         return x
 
     def observe(self, x: Tensor) -> None:

@@ -37,7 +37,8 @@ def branch_qparams(
 ) -> QParams | None:
     """How it is quantized; None without a fused addition.
 
-    Calibration has observed it. Training has not, as nothing computes it there, and nor has the
+    Calibration has observed it, before a ReLU only as far down as changes the result: the codes are
+    finer then. Training has not observed it, as nothing computes it there, and nor has the
     calibration of a checkpoint that does not know its observer. Then its range follows from others:
 
     - Beyond ``_saturating_range`` the output is its least or greatest code whatever is added.
