@@ -6,6 +6,8 @@
 Random weights, batch-norm statistics settled on random images; each target has the mapping that
 suits it. Every file is verified in its runtime while it is written. Random networks amplify single
 roundings, so file and model are compared with FP32 each: the file may be 0.5 dB below the model.
+They are compared on images that they were not calibrated on, and on enough of them: on 8 images
+the difference varied by 0.2 dB from seed to seed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import math
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ MODELS = {
     "vit_b_16": 32,
 }
 ALLOWED = 0.5  # dB
+BATCH, BATCHES = 8, 8
 
 
 def make_model(name: str, size: int) -> nn.Module:
@@ -69,6 +73,12 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def run(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+    """The model's first output on the images, in batches of the size that it was made with."""
+    with torch.no_grad():
+        return torch.cat([first(model(batch)) for batch in images.split(BATCH)])
+
+
 def sqnr(expected: Tensor, actual: Tensor) -> float:
     noise = (expected.double() - actual.double()).square().sum()
     return float(10 * torch.log10(expected.double().square().sum() / noise))
@@ -82,24 +92,23 @@ def quantize(model: nn.Module, preset: str, x: Tensor) -> nn.Module:
 
 def measure(name: str, size: int, targets: list[str]) -> list[dict[str, Any]]:
     model = make_model(name, size)
-    x = torch.randn(8, 3, size, size)
+    x = torch.randn(BATCH, 3, size, size)
+    images = torch.randn(BATCH * BATCHES, 3, size, size)
     infos = qt.export.targets()
-    with torch.no_grad():
-        expected = first(model(x))
+    expected = run(model, images)
     converted: dict[str, nn.Module] = {}
     rows = []
     for target in targets:
         info = infos[target]
         if info.preset not in converted:
             converted[info.preset] = quantize(model, info.preset, x)
-        with torch.no_grad():
-            own = sqnr(expected, first(converted[info.preset](x)))
+        own = sqnr(expected, run(converted[info.preset], images))
         row: dict[str, Any] = {"model": name, "target": target, "converted": own}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{name}{info.suffix}"
             try:
                 report = getattr(qt.export, target)(converted[info.preset], file, (x,))
-                found = sqnr(expected, first(qt.export.load(target, file)(x)))
+                found = sqnr(expected, run(qt.export.load(target, file), images))
             except Exception as error:
                 row |= {"ok": False, "note": f"{type(error).__name__}: {error}"[:200]}
             else:
