@@ -9,7 +9,7 @@ qt.export.torchscript(quantized, "model.pt", example_inputs=(x,))
 """
 
 from qtoolkit import _library  # isort: skip  (loads the operators, which the rest needs)
-from qtoolkit import algorithms, export, nn, observers, ops, registry
+from qtoolkit import algorithms, export, nn, observers, ops, registry, weight_only
 from qtoolkit._library import cmake_prefix_path
 from qtoolkit._version import __version__
 from qtoolkit.compare import Comparison, LayerComparison, compare
@@ -41,6 +41,7 @@ from qtoolkit.training import (
     freeze_bn,
     freeze_observers,
 )
+from qtoolkit.weight_only import quantize_weights
 from qtoolkit.workflow import calibrate, convert, prepare, prepare_qat
 
 __all__ = [
@@ -89,10 +90,12 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "quantize_dynamic",
+    "quantize_weights",
     "recipe_names",
     "registry",
     "save",
     "save_plan",
     "sensitivity",
     "synchronize",
+    "weight_only",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 from qtoolkit.graph.patterns.weighted import too_many_products
 from qtoolkit.graph.plain import is_plain, not_plain
 from qtoolkit.graph.report import FloatLayer, Report, get_report, set_report
+from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.linear import DynamicLinear
 from qtoolkit.qconfig import matches_name
 
@@ -100,7 +101,7 @@ def quantize_dynamic(
             ) from error
     if fuse:
         _fuse_activations(result)
-    _leave_fast_paths(result)
+    leave_fast_paths(result)
     set_report(result, report)
     for parameter in result.parameters():
         if not isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -186,11 +187,11 @@ def _fuse_activations(model: nn.Module) -> None:
                 module[i + 1] = nn.Identity()
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
+def leave_fast_paths(model: nn.Module) -> None:
     """Keeps nn.TransformerEncoder from handing its layers' weights to a fused float function."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(layer, DynamicLinear) for layer in (module.linear1, module.linear2)
+            isinstance(layer, QuantizedModule) for layer in (module.linear1, module.linear2)
         ):
             module.activation_relu_or_gelu = 0
     for module in model.modules():

@@ -58,7 +58,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Explains a prepared, converted, compiled or dynamically quantized model, layer by layer.
+    """Explains a prepared, converted, compiled, dynamically or weight-only quantized model.
 
     Raises:
         ValueError: the model is none of these.
@@ -66,8 +66,8 @@ def explain(model: nn.Module) -> Explanation:
     report = get_report(model)
     if report is None:
         raise ValueError(
-            "explain needs the result of qt.prepare, qt.prepare_qat, qt.convert or "
-            "qt.quantize_dynamic"
+            "explain needs the result of qt.prepare, qt.prepare_qat, qt.convert, "
+            "qt.quantize_dynamic or qt.quantize_weights"
         )
     layers = []
     # A fake-quantize module and its observer are of one tensor.

@@ -15,8 +15,9 @@ class NumberFormat:
 
     Attributes:
         name: the name that `get_format` finds it by.
-        kind: "integer", "ternary" (codes -1, 0, 1), "binary" (codes -1, 1), "float" or
-            "block_float" (floats in blocks, each with a scale of its own).
+        kind: "integer", "ternary" (codes -1, 0, 1), "binary" (codes -1, 1), "float",
+            "block_float" (floats in blocks, each with a scale of its own) or "codebook" (a list of
+            numbers; for weights alone).
         bits: width of one number, without the scales.
         quant_min, quant_max: the lowest and the highest code; floats have none.
         mantissa_bits: stored bits of a float's mantissa.
@@ -43,7 +44,7 @@ class NumberFormat:
     @property
     def has_codes(self) -> bool:
         """Whether numbers are integer codes under a scale, not floats."""
-        return self.kind not in ("float", "block_float")
+        return self.kind not in ("float", "block_float", "codebook")
 
     @property
     def signed(self) -> bool:

@@ -61,6 +61,7 @@ PYTHON_LAYERS = [
         "saving",
         "plan_file",
         "quantize",
+        "weight_only",
     },
     {"sensitivity", "layer_costs"},
     {"mixed_precision"},

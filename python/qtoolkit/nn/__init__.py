@@ -24,6 +24,13 @@ from qtoolkit.nn.pooling import (
     Sum,
 )
 from qtoolkit.nn.upsample import UpsampleBilinear2d
+from qtoolkit.nn.weight_only import (
+    Float32Layer,
+    PackedWeight,
+    QuantizedWeightConv2d,
+    QuantizedWeightEmbedding,
+    QuantizedWeightLinear,
+)
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -38,6 +45,7 @@ __all__ = [
     "DepthwiseConv2d",
     "Dequantize",
     "DynamicLinear",
+    "Float32Layer",
     "GlobalAvgPool2d",
     "LayerNorm",
     "Linear",
@@ -46,12 +54,16 @@ __all__ = [
     "MaxPool2d",
     "Mean",
     "Mul",
+    "PackedWeight",
     "Pad",
     "PixelShuffle",
     "PixelUnshuffle",
     "QParams",
     "Quantize",
     "QuantizedModule",
+    "QuantizedWeightConv2d",
+    "QuantizedWeightEmbedding",
+    "QuantizedWeightLinear",
     "ReLU",
     "Softmax",
     "Sum",

@@ -78,7 +78,7 @@ def parse_json(data: bytes | str, what: str) -> Any:
         raise InvalidFileError(f"{what} is no valid JSON: {error}") from error
 
 
-def _memory(tensor: Tensor) -> Any:
+def memory_of(tensor: Tensor) -> Any:
     """The bytes of a dense CPU tensor as a writable buffer."""
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
@@ -132,7 +132,7 @@ def write(path: Path, document: Any, tensors: dict[str, Tensor]) -> None:
         for name in order:
             tensor = _dense(tensors[name])
             if tensor.nbytes:
-                yield _memory(tensor)
+                yield memory_of(tensor)
 
     metadata = {
         "format": FORMAT,
@@ -163,7 +163,7 @@ class Entry:
     size: int
 
 
-def _entry(name: str, value: Any) -> tuple[Entry, int]:
+def parse_entry(name: str, value: Any) -> tuple[Entry, int]:
     """A row of the header's table, and the end of its bytes."""
     where = f"tensor {name!r}"
     require(
@@ -236,7 +236,7 @@ class Container:
         return data
 
     def _table(self, header: dict[str, Any]) -> dict[str, Entry]:
-        rows = [(name, *_entry(name, value)) for name, value in header.items()]
+        rows = [(name, *parse_entry(name, value)) for name, value in header.items()]
         position = 0
         for name, entry, end in sorted(rows, key=lambda row: (row[1].begin, row[2])):
             require(entry.begin == position, f"tensor {name!r} overlaps one or leaves a gap")
@@ -263,7 +263,7 @@ class Container:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.size:
             self._file.seek(self._start + entry.begin)
-            read = self._file.readinto(_memory(tensor))  # type: ignore[attr-defined]
+            read = self._file.readinto(memory_of(tensor))  # type: ignore[attr-defined]
             require(read == entry.size, "it is cut off")
         return tensor
 

@@ -1,0 +1,31 @@
+"""Weights of few bits, for large models: any linear layer, convolution and embedding, untraced."""
+
+from qtoolkit.weight_only.awq import Awq
+from qtoolkit.weight_only.gptq import Gptq
+from qtoolkit.weight_only.hqq import Hqq
+from qtoolkit.weight_only.loading import skeleton
+from qtoolkit.weight_only.method import (
+    Inputs,
+    Result,
+    WeightMethod,
+    make_weight_method,
+    register_weight_method,
+    weight_methods,
+)
+from qtoolkit.weight_only.quantize import quantize_weights
+from qtoolkit.weight_only.rtn import RoundToNearest
+
+__all__ = [
+    "Awq",
+    "Gptq",
+    "Hqq",
+    "Inputs",
+    "Result",
+    "RoundToNearest",
+    "WeightMethod",
+    "make_weight_method",
+    "quantize_weights",
+    "register_weight_method",
+    "skeleton",
+    "weight_methods",
+]
