@@ -23,9 +23,10 @@ struct Shape {
   int64_t rows() const { return outer * channels == 1 ? inner : outer * channels; }
 };
 
-const Shape kShapes[] = {{1, 1, 0},  {1, 1, 1},    {1, 1, 15}, {1, 1, 17}, {1, 1, 63},   {1, 1, 64},
-                         {1, 1, 65}, {1, 1, 1000}, {2, 3, 1},  {5, 17, 1}, {9, 64, 1},   {2, 65, 1},
-                         {4, 3, 9},  {2, 5, 300},  {7, 1, 33}, {1, 4, 64}, {1000, 1, 1}, {1, 3, 0}};
+const Shape kShapes[] = {
+    {1, 1, 0},    {1, 1, 1},  {1, 1, 15},   {1, 1, 17}, {1, 1, 63},  {1, 1, 64},  {1, 1, 65},
+    {1, 1, 1000}, {2, 3, 1},  {5, 17, 1},   {9, 64, 1}, {2, 65, 1},  {4, 3, 9},   {2, 5, 300},
+    {7, 1, 33},   {1, 4, 64}, {1000, 1, 1}, {1, 3, 0},  {40, 64, 1}, {9, 200, 1}, {3, 5000, 1}};
 
 struct Extremes {
   explicit Extremes(const Shape& shape)
@@ -185,7 +186,20 @@ std::vector<uint8_t> histogram_on(Path path, const Bins& bins, const std::vector
   args.bins = bins.bins;
   args.counts = counts.data();
   run_on(path, Kernel::histogram, [&] { histogram(args, begin, end); });
-  return counts.bytes();
+  // With the extremes the counts are the same.
+  Guarded<float> extremes(2);
+  extremes.data()[0] = kInfinity;
+  extremes.data()[1] = -kInfinity;
+  Guarded<int64_t> again(bins.bins);
+  std::fill_n(again.data(), bins.bins, 5);
+  args.counts = again.data();
+  args.minimum = extremes.data();
+  args.maximum = extremes.data() + 1;
+  run_on(path, Kernel::histogram, [&] { histogram(args, begin, end); });
+  EXPECT_EQ(again.bytes(), counts.bytes());
+  std::vector<uint8_t> result = counts.bytes();
+  result.insert(result.end(), extremes.bytes().begin(), extremes.bytes().end());
+  return result;
 }
 
 TEST_P(Histogram, GivesTheReferencesCounts) {

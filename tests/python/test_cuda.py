@@ -173,6 +173,25 @@ def test_min_max_of_zeros_of_both_signs():
     check_bits(ops.min_max, torch.tensor([0.0, -0.0] * 500))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bins", [1, 2048, 8192, 8193, 100_000])
+@pytest.mark.parametrize("shape", [(7,), (1_000_003,), (4, 64, 9, 9)], ids=str)
+def test_histogram(shape, bins, dtype):
+    x = values(shape, special=True).to(dtype)
+    check_bits(lambda x: ops.histogram(x, bins, -1.0, 2.5), x)
+    check_bits(lambda x: ops.histogram_min_max(x, bins, -1.0, 2.5), x)
+    if x.dim() == 4:
+        check_bits(lambda x: ops.histogram(x.transpose(1, 3)[:, ::2], bins, -1.0, 2.5), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("group_size", [1, 4, 32, 1000])
+def test_min_max_per_group(group_size, axis, dtype):
+    x = values((33, 70, 36)).to(dtype)
+    check_bits(lambda x: ops.min_max_per_group(x, group_size, axis), x)
+
+
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_per_channel_errors_name_axis_and_channels():
     with pytest.raises(ValueError, match=r"'conv': axis 2 is out of range.*\(3, 4\)"):
         observer(randn(3, 4))
     observer(randn(3, 4, 5))
-    with pytest.raises(ValueError, match=r"'conv': got 6 channels .* had 5"):
+    with pytest.raises(ValueError, match=r"'conv': got channels: \[6\] .* had \[5\]"):
         observer(randn(3, 4, 6))
 
 

@@ -1,4 +1,4 @@
-"""min_max and histogram against torch."""
+"""Extremes and histograms against torch, of every layout and type, and without a copy."""
 
 import math
 
@@ -101,3 +101,109 @@ def test_no_gradient_flows():
     x = values((50,)).requires_grad_()
     assert not ops.min_max(x)[0].requires_grad
     assert not ops.min_max_per_channel(x, 0)[1].requires_grad
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+def strided(dtype=torch.float32):
+    """Tensors of all kinds of strides."""
+    x = values((6, 5, 70, 9)).to(dtype)
+    return {
+        "contiguous": x,
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(0, 2),
+        "permuted": x.permute(3, 1, 0, 2),
+        "sliced inside": x[..., 1:8],
+        "every other": x[..., ::2],
+        "sliced rows": x[:, 1:4, ::3],
+        "channels_last, sliced": x.to(memory_format=torch.channels_last)[:, 1:4],
+        "expanded": x[:, :1].expand(6, 4, 70, 9),
+        "expanded outside": x[:1].expand(3, 5, 70, 9),
+        "expanded everywhere": x[0, 0, 0, 0].expand(3, 4, 2, 5),
+        "overlapping": x.as_strided((50, 3, 4, 20), (1, 2, 3, 4)),
+        "offset": x.flatten()[7:].view(-1)[: 5 * 3 * 7 * 4].view(5, 3, 7, 4),
+        "one element": x[:1, :1, :1, :1],
+        "one channel": x[:, :1],
+        "thin": x[:, :, :, :1],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", strided())
+def test_every_layout(layout, dtype):
+    x = strided(dtype)[layout]
+    plain = x.clone(memory_format=torch.contiguous_format).float()
+    assert [v.item() for v in ops.min_max(x)] == [plain.min().item(), plain.max().item()]
+    counts = expected_histogram(plain, 50, -1.5, 2.0)
+    assert torch.equal(ops.histogram(x, 50, -1.5, 2.0), counts)
+    both = ops.histogram_min_max(x, 50, -1.5, 2.0)
+    assert torch.equal(both[0], counts)
+    assert [v.item() for v in both[1:]] == [plain.min().item(), plain.max().item()]
+    for axis in range(x.dim()):
+        others = [d for d in range(4) if d != axis]
+        low, high = ops.min_max_per_channel(x, axis)
+        assert torch.equal(low, plain.amin(others))
+        assert torch.equal(high, plain.amax(others))
+        for size in (1, 4, 100):
+            low, high = ops.min_max_per_group(x, size, axis)
+            groups = plain.split(size, axis)
+            assert torch.equal(low, torch.cat([g.amin(axis, keepdim=True) for g in groups], axis))
+            assert torch.equal(high, torch.cat([g.amax(axis, keepdim=True) for g in groups], axis))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 64, 100, 5000])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_channels_side_by_side(channels, rows):
+    x = values((rows, channels))
+    x[rows // 2, channels // 3] = math.nan
+    low, high = ops.min_max_per_channel(x, 1)
+    for result, expected in ((low, x.amin(0)), (high, x.amax(0))):
+        assert result.isnan().sum() == 1
+        assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_agree_on_layouts(path):
+    for x in strided().values():
+        expected = [*ops.min_max_per_channel(x, 1), *ops.histogram_min_max(x, 9, -1.0, 1.0)]
+        with forced_path("min_max", path):
+            found = [*ops.min_max_per_channel(x, 1), *ops.histogram_min_max(x, 9, -1.0, 1.0)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def operators(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["channels_last", "permuted", "every other", "expanded"])
+def test_nothing_is_copied(layout, dtype):
+    x = strided(dtype)[layout]
+
+    def run():
+        ops.min_max(x)
+        ops.min_max_per_channel(x, 1)
+        ops.histogram_min_max(x, 50, -1.5, 2.0)
+
+    found = operators(run)
+    assert "qtoolkit::histogram_min_max" in found
+    assert not {name for name in found if name.startswith("aten::")} - {
+        "aten::empty",
+        "aten::fill_",
+        "aten::select",
+        "aten::as_strided",
+    }
+
+
+def test_histogram_min_max_sees_what_lies_outside_and_nan():
+    x = torch.tensor([-3.0, 0.1, 0.9, 7.0])
+    counts, low, high = ops.histogram_min_max(x, 2, 0.0, 1.0)
+    assert (counts.tolist(), low.item(), high.item()) == ([1, 1], -3.0, 7.0)
+    x[2] = math.nan
+    counts, low, high = ops.histogram_min_max(x, 2, 0.0, 1.0)
+    assert counts.tolist() == [1, 0]
+    assert low.isnan()
+    assert high.isnan()

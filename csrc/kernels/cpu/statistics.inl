@@ -28,34 +28,63 @@ struct Extremes {
   }
 };
 
-Extremes extremes_of(const float* x, int64_t count) {
-  constexpr int64_t kUnroll = 4;  // hides the latency of min and max
-  Extremes result;
-  int64_t i = 0;
-  if (count >= kLanes * kUnroll) {
-    Floats low[kUnroll], high[kUnroll];
-    Masks nan[kUnroll] = {};
-    __builtin_memcpy(low, x, sizeof low);
-    __builtin_memcpy(high, x, sizeof high);
-    for (; i + kLanes * kUnroll <= count; i += kLanes * kUnroll) {
-      for (int64_t u = 0; u < kUnroll; ++u) {
-        Floats value;
-        __builtin_memcpy(&value, x + i + u * kLanes, sizeof value);
-        low[u] = value < low[u] ? value : low[u];
-        high[u] = value > high[u] ? value : high[u];
-        nan[u] |= value != value;
-      }
-    }
+// The extremes of many values, in vectors.
+class ManyExtremes {
+ public:
+  ManyExtremes() {
     for (int64_t u = 0; u < kUnroll; ++u) {
-      for (int64_t k = 0; k < kLanes; ++k) {
-        result.take(low[u][k]);
-        result.take(high[u][k]);
-        result.nan |= nan[u][k] != 0;
-      }
+      low_[u] = Floats{} + __builtin_inff();
+      high_[u] = Floats{} - __builtin_inff();
+      nan_[u] = Masks{};
     }
   }
-  for (; i < count; ++i) result.take(x[i]);
-  return result;
+
+  void take(const float* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes * kUnroll <= count; i += kLanes * kUnroll) {
+      for (int64_t u = 0; u < kUnroll; ++u) take_vector(x + i + u * kLanes, u);
+    }
+    for (; i + kLanes <= count; i += kLanes) take_vector(x + i, 0);
+    for (; i < count; ++i) rest_.take(x[i]);
+  }
+
+  Extremes result() const {
+    Floats low = low_[0], high = high_[0];
+    Masks nan = nan_[0];
+    for (int64_t u = 1; u < kUnroll; ++u) {
+      low = low_[u] < low ? low_[u] : low;
+      high = high_[u] > high ? high_[u] : high;
+      nan |= nan_[u];
+    }
+    Extremes result = rest_;
+    for (int64_t k = 0; k < kLanes; ++k) {
+      result.minimum = low[k] < result.minimum ? low[k] : result.minimum;
+      result.maximum = high[k] > result.maximum ? high[k] : result.maximum;
+      result.nan |= nan[k] != 0;
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kUnroll = 4;  // hides the latency of min and max
+
+  void take_vector(const float* x, int64_t u) {
+    Floats value;
+    __builtin_memcpy(&value, x, sizeof value);
+    low_[u] = value < low_[u] ? value : low_[u];
+    high_[u] = value > high_[u] ? value : high_[u];
+    nan_[u] |= value != value;
+  }
+
+  Floats low_[kUnroll], high_[kUnroll];
+  Masks nan_[kUnroll];
+  Extremes rest_;
+};
+
+Extremes extremes_of(const float* x, int64_t count) {
+  ManyExtremes extremes;
+  extremes.take(x, count);
+  return extremes.result();
 }
 
 // Element k belongs to channel k.
@@ -68,6 +97,52 @@ void take_across(const float* x, float* minimum, float* maximum, int64_t count) 
     const float largest = value > high ? value : high;
     minimum[k] = value == value ? smallest : kNaN;
     maximum[k] = value == value ? largest : kNaN;
+  }
+}
+
+constexpr int64_t kTileVectors = 4;
+constexpr int64_t kTile = kTileVectors * kLanes;  // columns whose extremes fit into registers
+
+// `rows` rows of kTile columns, `stride` elements apart.
+void take_tile(const float* x, int64_t rows, int64_t stride, float* minimum, float* maximum) {
+  Floats low[kTileVectors], high[kTileVectors];
+  Masks nan[kTileVectors] = {};
+  __builtin_memcpy(low, minimum, sizeof low);
+  __builtin_memcpy(high, maximum, sizeof high);
+  for (int64_t v = 0; v < kTileVectors; ++v) nan[v] = low[v] != low[v];
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t v = 0; v < kTileVectors; ++v) {
+      Floats value;
+      __builtin_memcpy(&value, x + row * stride + v * kLanes, sizeof value);
+      low[v] = value < low[v] ? value : low[v];
+      high[v] = value > high[v] ? value : high[v];
+      nan[v] |= value != value;
+    }
+  }
+  for (int64_t v = 0; v < kTileVectors; ++v) {
+    low[v] = nan[v] ? Floats{} + kNaN : low[v] + 0.0f;  // -0 becomes +0
+    high[v] = nan[v] ? Floats{} + kNaN : high[v] + 0.0f;
+  }
+  __builtin_memcpy(minimum, low, sizeof low);
+  __builtin_memcpy(maximum, high, sizeof high);
+}
+
+// Rows of `columns` side by side, some rows at a time, so that they are still in the cache for the
+// next columns.
+void take_rows(const float* x, int64_t rows, int64_t columns, float* minimum, float* maximum) {
+  constexpr int64_t kCached = 4096, kLeastRows = 4;
+  const int64_t most = columns * kLeastRows < kCached ? kCached / columns : kLeastRows;
+  for (int64_t row = 0; row < rows; row += most) {
+    const int64_t count = rows - row < most ? rows - row : most;
+    const float* from = x + row * columns;
+    int64_t c = 0;
+    for (; c + kTile <= columns; c += kTile) {
+      take_tile(from + c, count, columns, minimum + c, maximum + c);
+    }
+    if (c == columns) continue;
+    for (int64_t r = 0; r < count; ++r) {
+      take_across(from + r * columns + c, minimum + c, maximum + c, columns - c);
+    }
   }
 }
 
@@ -97,6 +172,12 @@ void min_max(const MinMaxArgs& args, int64_t begin, int64_t end) {
   } else if (args.inner == 1) {
     while (begin < end) {
       const int64_t c = begin % args.channels;
+      const int64_t rows = c == 0 ? (end - begin) / args.channels : 0;
+      if (rows > 0) {
+        take_rows(args.x + begin, rows, args.channels, args.minimum, args.maximum);
+        begin += rows * args.channels;
+        continue;
+      }
       const int64_t rest = args.channels - c;
       const int64_t count = rest < end - begin ? rest : end - begin;
       take_across(args.x + begin, args.minimum + c, args.maximum + c, count);
@@ -117,19 +198,26 @@ void histogram(const HistogramArgs& args, int64_t begin, int64_t end) {
   const float factor = bins_per_unit < static_cast<double>(__FLT_MAX__)
                            ? static_cast<float>(bins_per_unit)
                            : __FLT_MAX__;
-  // Neighbouring elements often share a bin: four tables keep an increment from waiting for the
-  // one before it.
-  constexpr int64_t kTables = 4, kTableBins = 4096;
+  ManyExtremes extremes;
   int32_t found[kBlock];
-  if (args.bins > kTableBins) {
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t count = end - i < kBlock ? end - i : kBlock;
-      find_bins(args.x + i, count, args.lower, args.upper, factor, args.bins, found);
+  // The next kBlock elements at most; returns how many.
+  const auto find_next = [&](int64_t limit) {
+    const int64_t count = limit - begin < kBlock ? limit - begin : kBlock;
+    find_bins(args.x + begin, count, args.lower, args.upper, factor, args.bins, found);
+    if (args.minimum != nullptr) extremes.take(args.x + begin, count);
+    begin += count;
+    return count;
+  };
+  // Neighbouring elements often share a bin: four tables keep an increment from waiting for the
+  // one before it. They are worth their cost for many elements only.
+  constexpr int64_t kTables = 4, kTableBins = 4096, kLeastPerBin = 2;
+  if (args.bins > kTableBins || end - begin < kLeastPerBin * args.bins) {
+    while (begin < end) {
+      const int64_t count = find_next(end);
       for (int64_t k = 0; k < count; ++k) {
         if (found[k] < args.bins) args.counts[found[k]] += 1;
       }
     }
-    return;
   }
   constexpr int64_t kMostElements = int64_t{1} << 31;  // so that 32-bit counts suffice
   uint32_t tables[kTables][kTableBins + 1];
@@ -138,18 +226,17 @@ void histogram(const HistogramArgs& args, int64_t begin, int64_t end) {
     for (auto& table : tables) {
       for (int64_t bin = 0; bin <= args.bins; ++bin) table[bin] = 0;
     }
-    for (; begin < part_end; begin += kBlock) {
-      const int64_t count = part_end - begin < kBlock ? part_end - begin : kBlock;
-      find_bins(args.x + begin, count, args.lower, args.upper, factor, args.bins, found);
+    while (begin < part_end) {
+      const int64_t count = find_next(part_end);
       int64_t k = 0;
       for (; k + kTables <= count; k += kTables) {
         for (int64_t t = 0; t < kTables; ++t) tables[t][found[k + t]] += 1;
       }
       for (; k < count; ++k) tables[0][found[k]] += 1;
     }
-    begin = part_end;
     for (const auto& table : tables) {
       for (int64_t bin = 0; bin < args.bins; ++bin) args.counts[bin] += table[bin];
     }
   }
+  if (args.minimum != nullptr) extremes.result().merge_into(args.minimum[0], args.maximum[0]);
 }

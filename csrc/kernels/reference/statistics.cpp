@@ -31,6 +31,9 @@ void histogram(const HistogramArgs& args, int64_t begin, int64_t end) {
       std::min(bins_per_unit, static_cast<double>(std::numeric_limits<float>::max())));
   for (int64_t i = begin; i < end; ++i) {
     const float x = args.x[i];
+    if (args.minimum != nullptr) {
+      min_max({.x = &x, .inner = 1, .minimum = args.minimum, .maximum = args.maximum}, 0, 1);
+    }
     if (!(x >= args.lower && x <= args.upper)) continue;
     const float position = (x - args.lower) * factor;
     const float last = static_cast<float>(args.bins - 1);

@@ -16,6 +16,8 @@ from qtoolkit.qconfig import TensorSpec
 _SMALLEST = 2.0**-100
 _EPS = torch.finfo(torch.float32).eps
 _FLOAT_MAX = torch.finfo(torch.float32).max
+# Dtypes that the operators read as they are; others are converted first.
+_OBSERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _valid(scale: Tensor) -> Tensor:
@@ -117,11 +119,13 @@ class Observer(QuantizationState):
             )
         with torch.no_grad():
             recorded = x if residual is None else torch.maximum(x, (-residual).clamp(max=0))
-            self.observe(recorded.detach().to(torch.float32))
+            recorded = recorded.detach()
+            self.observe(recorded if x.dtype in _OBSERVED else recorded.to(torch.float32))
         return x
 
     def observe(self, x: Tensor) -> None:
-        """Updates the statistics with x: float32, not empty, without gradient."""
+        """Updates the statistics with x: float32, float16 or bfloat16, of any strides, not empty,
+        without gradient."""
         raise NotImplementedError
 
     def value_range(self) -> tuple[Tensor, Tensor]:
@@ -221,3 +225,17 @@ class Observer(QuantizationState):
             torch.where(finite, min_val, float("inf")),
             torch.where(finite, max_val, float("-inf")),
         )
+
+    def _widen_each(self, min_val: Tensor, max_val: Tensor, what: str) -> None:
+        """Widens ranges of the data's shape, which the first batch gives; `what` names them."""
+        if self.min_val.numel() == 0:
+            self.min_val.resize_(min_val.shape).copy_(min_val)
+            self.max_val.resize_(max_val.shape).copy_(max_val)
+            return
+        if min_val.shape != self.min_val.shape:
+            raise ValueError(
+                f"observer{self._for_name()}: got {what} {list(min_val.shape)} where earlier "
+                f"tensors had {list(self.min_val.shape)}"
+            )
+        self.min_val.copy_(torch.minimum(self.min_val, min_val))
+        self.max_val.copy_(torch.maximum(self.max_val, max_val))

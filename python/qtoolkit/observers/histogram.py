@@ -19,18 +19,22 @@ UNITS_PER_VALUE = 2**16
 _NARROW, _WIDE = 1e-30, 1e38
 
 
+def _countable(lower: float, upper: float) -> bool:
+    """Whether float32 can divide a range into bins."""
+    return _NARROW <= upper - lower <= _WIDE
+
+
 def _count(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
     """Counts of x, which lies in [lower, upper], int64 [bins]; a range of one point is bin 0."""
     if lower == upper:
         counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
         counts[0] = x.numel()
         return counts
-    width = upper - lower
-    if not _NARROW <= width <= _WIDE:
-        factor = 0.25 if width > _WIDE else 2.0**80  # powers of two: no value is rounded
-        x, lower, upper = x * factor, lower * factor, upper * factor
-    # The operator counts on the CPU only.
-    return ops.histogram(x.cpu(), bins, lower, upper).to(x.device)
+    if not _countable(lower, upper):
+        # Powers of two: no float32 is rounded.
+        factor = 0.25 if upper - lower > _WIDE else 2.0**80
+        x, lower, upper = x.float() * factor, lower * factor, upper * factor
+    return ops.histogram(x, bins, lower, upper)
 
 
 @register_observer("histogram")
@@ -64,22 +68,24 @@ class HistogramObserver(Observer):
         return TensorSpec(observer="histogram")
 
     def observe(self, x: Tensor) -> None:
-        """Counts the values of x, and widens the histogram first where they lie outside it."""
-        min_val, max_val = ops.min_max(x)
+        """Counts the values of x; where some lie outside the histogram, it is widened first."""
+        counts = None
+        lower, upper = self._bounds()
+        if _countable(lower, upper):
+            counts, min_val, max_val = ops.histogram_min_max(x, self.bins, lower, upper)
+        else:
+            min_val, max_val = ops.min_max(x)
         # The range is needed on the host, so the check costs no further synchronisation.
         if self.on_nonfinite == "error":
             self.check_finite(min_val, max_val)
         min_val, max_val = self._checked(min_val, max_val)
-        if bool(min_val > max_val):  # skipped
+        least, greatest = min_val.item(), max_val.item()
+        if least > greatest:  # skipped
             return
-        min_val = torch.minimum(self.min_val, min_val)
-        max_val = torch.maximum(self.max_val, max_val)
-        lower, upper = min_val.item(), max_val.item()
-        if self.calibrated():
-            self._widen(lower, upper)
-        self.min_val.copy_(min_val)
-        self.max_val.copy_(max_val)
-        self.histogram += UNITS_PER_VALUE * _count(x, self.bins, lower, upper)
+        if counts is None or least < lower or greatest > upper:
+            self._widen(min(least, lower), max(greatest, upper))
+            counts = _count(x, self.bins, *self._bounds())
+        self.histogram += UNITS_PER_VALUE * counts
 
     def value_range(self) -> tuple[Tensor, Tensor]:
         """The range that `search` finds; needs the histogram on the host."""
@@ -110,10 +116,16 @@ class HistogramObserver(Observer):
                     total[index] += _rebinned(counts, low, high, lower[index], upper[index])
         return {**merged, "histogram": total}
 
+    def _bounds(self) -> tuple[float, float]:
+        return self.min_val.item(), self.max_val.item()
+
     def _widen(self, lower: float, upper: float) -> None:
         """Moves the counts to bins over [lower, upper], which includes the present range."""
-        old = self.min_val.item(), self.max_val.item()
-        self.histogram.copy_(_rebinned(self.histogram, *old, lower, upper))
+        old = self._bounds()
+        if old[0] <= old[1]:
+            self.histogram.copy_(_rebinned(self.histogram, *old, lower, upper))
+        self.min_val.fill_(lower)
+        self.max_val.fill_(upper)
 
 
 def _rebinned(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from qtoolkit import ops
@@ -52,17 +51,7 @@ class PerChannelMinMaxObserver(Observer):
                 f"{tuple(x.shape)}"
             )
         min_val, max_val = self._checked(*self.ranges(x, axis))
-        if self.min_val.numel() == 0:
-            self.min_val.resize_(min_val.shape).copy_(min_val)
-            self.max_val.resize_(max_val.shape).copy_(max_val)
-            return
-        if min_val.shape != self.min_val.shape:
-            raise ValueError(
-                f"observer{self._for_name()}: got {min_val.numel()} channels where earlier tensors "
-                f"had {self.min_val.numel()}"
-            )
-        self.min_val.copy_(torch.minimum(self.min_val, min_val))
-        self.max_val.copy_(torch.maximum(self.max_val, max_val))
+        self._widen_each(min_val, max_val, "channels:")
 
     def ranges(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Least and greatest value that each channel of x should represent, [channels]."""

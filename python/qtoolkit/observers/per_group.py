@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from qtoolkit import ops
 from qtoolkit.observers.base import Observer
 from qtoolkit.observers.registry import register_observer
 from qtoolkit.qconfig import TensorSpec
@@ -12,13 +12,23 @@ from qtoolkit.qconfig import TensorSpec
 
 @register_observer("per_group_minmax")
 class PerGroupMinMaxObserver(Observer):
-    """Covers the least and greatest value of each group along the last axis of all tensors seen.
+    """Covers the least and greatest value of each group along one axis of all tensors seen.
 
-    The bounds are [*x.shape[:-1], groups]; the last group of a row may be short.
+    The bounds have the tensors' shape with the number of groups along the axis; the last group may
+    be short.
+
+    Args:
+        spec: how the tensor is quantized; `spec.group_size` values form a group.
+        axis: the dimension along which they are neighbours.
+        name: the module that the tensor belongs to.
     """
 
     granularities = ("per_group",)
     resizable = ("min_val", "max_val")
+
+    def __init__(self, spec: TensorSpec | None = None, *, axis: int = -1, name: str = "") -> None:
+        super().__init__(spec, name=name)
+        self.axis = axis
 
     @classmethod
     def default_spec(cls) -> TensorSpec:
@@ -29,24 +39,14 @@ class PerGroupMinMaxObserver(Observer):
         """Widens each group's range to x.
 
         Raises:
-            ValueError: x has another shape than the tensors before.
+            ValueError: x has no such axis, or another shape than the tensors before.
         """
         size = self.spec.group_size
         assert size is not None
-        groups = -(-x.shape[-1] // size)
-        # A short group is filled up with its last value.
-        missing = groups * size - x.shape[-1]
-        filled = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
-        bounds = torch.aminmax(filled.unflatten(-1, (groups, size)), dim=-1)
-        min_val, max_val = self._checked(bounds.min, bounds.max)
-        if self.min_val.numel() == 0:
-            self.min_val.resize_(min_val.shape).copy_(min_val)
-            self.max_val.resize_(max_val.shape).copy_(max_val)
-            return
-        if min_val.shape != self.min_val.shape:
+        if not -x.dim() <= self.axis < x.dim():
             raise ValueError(
-                f"observer{self._for_name()}: got groups of shape {tuple(min_val.shape)} where "
-                f"earlier tensors had {tuple(self.min_val.shape)}"
+                f"observer{self._for_name()}: axis {self.axis} is out of range for a tensor of "
+                f"shape {tuple(x.shape)}"
             )
-        self.min_val.copy_(torch.minimum(self.min_val, min_val))
-        self.max_val.copy_(torch.maximum(self.max_val, max_val))
+        min_val, max_val = self._checked(*ops.min_max_per_group(x, size, self.axis))
+        self._widen_each(min_val, max_val, "groups of shape")

@@ -64,8 +64,10 @@ from qtoolkit.ops.shapes import (
 )
 from qtoolkit.ops.statistics import (
     histogram,
+    histogram_min_max,
     min_max,
     min_max_per_channel,
+    min_max_per_group,
     range_kl,
     range_l2,
     range_mse,
@@ -106,6 +108,7 @@ __all__ = [
     "fake_quantize_relu",
     "fake_quantize_ternary",
     "histogram",
+    "histogram_min_max",
     "layer_norm",
     "linear",
     "linear_dynamic",
@@ -119,6 +122,7 @@ __all__ = [
     "mean",
     "min_max",
     "min_max_per_channel",
+    "min_max_per_group",
     "mul",
     "observe_fake_quantize",
     "pack_codes",

@@ -7,7 +7,8 @@ from torch import Tensor
 def min_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of a float tensor, 0-dim float32; both NaN if x holds a NaN.
 
-    Raises ValueError if x is empty.
+    On CPU, these operators read x where it is, whatever its strides, and need memory for the
+    results only. Raises ValueError if x is empty.
     """
     return torch.ops.qtoolkit.min_max(x)
 
@@ -17,12 +18,29 @@ def min_max_per_channel(x: Tensor, ch_axis: int) -> tuple[Tensor, Tensor]:
     return torch.ops.qtoolkit.min_max_per_channel(x, ch_axis)
 
 
+def min_max_per_group(x: Tensor, group_size: int, axis: int = -1) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each `group_size` neighbours along an axis; see min_max.
+
+    Returns:
+        float32 tensors of x's shape, but with ceil(x.size(axis) / group_size) along the axis; the
+        last group may be short.
+    """
+    return torch.ops.qtoolkit.min_max_per_group(x, group_size, axis)
+
+
 def histogram(x: Tensor, bins: int, lower: float, upper: float) -> Tensor:
-    """Counts of x in `bins` equal bins over [lower, upper], int64 [bins].
+    """Counts of x in `bins` equal bins over [lower, upper], int64 [bins]; see min_max.
 
     Values outside and NaN are not counted. Raises ValueError if x is empty.
     """
     return torch.ops.qtoolkit.histogram(x, bins, lower, upper)
+
+
+def histogram_min_max(
+    x: Tensor, bins: int, lower: float, upper: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`histogram` and `min_max` in one pass: counts, minimum, maximum."""
+    return torch.ops.qtoolkit.histogram_min_max(x, bins, lower, upper)
 
 
 def range_l2(
