@@ -81,6 +81,13 @@ def test_fresh_process_gives_the_same_bits(tiny, tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "m.qt", tmp_path / "io.pt"], check=True)
 
 
+def test_a_model_that_was_scripted_is_saved(mixed, tmp_path):
+    x = batches((2, 3, 16, 16), 1)[0]
+    for model in (copy.deepcopy(mixed), qt.compile(mixed, x, tune=False)):
+        torch.jit.script(model)
+        assert torch.equal(saved_and_loaded(model, tmp_path)(x), mixed(x))
+
+
 def test_compiled_model_is_kept_with_its_plans(mixed, tmp_path):
     x = batches((2, 3, 16, 16), 1)[0]
     compiled = qt.compile(mixed, x)

@@ -115,6 +115,10 @@ def _schema(cls: type[QuantizedModule]) -> dict[str, Any]:
     return result
 
 
+#: What torch.jit.script leaves on every module that it compiles.
+_LEFT_BY_SCRIPT = {"__overloads__"}
+
+
 def quantized_options(layer: QuantizedModule) -> dict[str, Any]:
     """The attributes of a quantized layer as JSON.
 
@@ -128,7 +132,7 @@ def quantized_options(layer: QuantizedModule) -> dict[str, Any]:
     schema = _schema(cls)
     attributes = {name for name, kind in schema.items() if not _is_buffer(kind)}
     buffers = {name for name, kind in schema.items() if _is_buffer(kind)}
-    own = vars(layer).keys() - vars(nn.Module()).keys()
+    own = vars(layer).keys() - vars(nn.Module()).keys() - _LEFT_BY_SCRIPT
     unknown = (own - attributes) | (layer._buffers.keys() ^ buffers)
     if unknown:
         raise TypeError(f"a {cls.__name__} whose {', '.join(sorted(unknown))} @saved does not know")
