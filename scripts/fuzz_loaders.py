@@ -11,6 +11,8 @@ it again, --keep writes it into a folder. The loaders are in tests/python/fuzzin
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -37,9 +39,9 @@ def _is_about_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def _child(loader: Loader, path: Path, megabytes: int, seconds: float) -> int:
+def _child(loader: Loader, path: Path, seconds: float) -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (megabytes << 20) + 4 * path.stat().st_size
+    limit = pages * resource.getpagesize() + (loader.megabytes << 20) + 4 * path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(int(seconds) + 5)  # should the parent be gone
@@ -55,17 +57,13 @@ def _child(loader: Loader, path: Path, megabytes: int, seconds: float) -> int:
     return _LOADED
 
 
-def check(loader: Loader, path: Path, *, megabytes: int = 256, seconds: float = 10) -> str:
-    """What becomes of a file: loaded, refused, exception, memory, hang, or crash with its signal.
-
-    Args:
-        megabytes: of address space, beside four times the file's size.
-    """
+def check(loader: Loader, path: Path, *, seconds: float = 10) -> str:
+    """What becomes of a file: loaded, refused, exception, memory, hang, or crash and its signal."""
     process = os.fork()
     if process == 0:
         verdict = _EXCEPTION
         try:
-            verdict = _child(loader, path, megabytes, seconds)
+            verdict = _child(loader, path, seconds)
             sys.stderr.flush()
         finally:
             os._exit(verdict)
@@ -89,7 +87,11 @@ def fuzz(name: str, first: int, count: int, seed: int, keep: Path | None) -> Cou
     loader = LOADERS[name]
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        path = loader.make(Path(folder))
+        for module in loader.imports:
+            importlib.import_module(module)
+        # In a process of its own: the threads that runtimes start would not live on in a fork.
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            path = pool.apply(loader.make, (Path(folder),))
         good = path.read_bytes()
         if check(loader, path) != "loaded":
             raise SystemExit(f"{name}: the good file does not load")

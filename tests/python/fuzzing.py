@@ -18,6 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,16 @@ class Loader:
         load: reads a file; whatever is wrong with it must raise one of ``refusals``.
         resealed: bytes with a change inside that a checksum does not reveal, where there is one.
         refusals: the exceptions that say what is wrong.
+        imports: modules that it needs, so that their memory is not the file's.
+        megabytes: of address space that it may take, beside four times the file's size.
     """
 
     make: Callable[[Path], Path]
     load: Callable[[Path], Any]
     resealed: Callable[[bytes, random.Random], bytes] | None = None
     refusals: tuple[type[Exception], ...] = (ValueError,)
+    imports: tuple[str, ...] = ()
+    megabytes: int = 256
 
 
 def mutation(loader: Loader, good: bytes, seed: str) -> bytes:
@@ -264,6 +269,33 @@ def _reseal_plan(data: bytes, rng: random.Random) -> bytes:
     return header + zlib.crc32(header).to_bytes(4, "little") + metadata + data[end:]
 
 
+def _make_exported(target: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    x = batches((2, 1, 4, 4), 1)[0]
+    path = folder / f"m{qt.export.targets()[target].suffix}"
+    return getattr(qt.export, target)(quantize(model, x), path, (x,), verify=False).path
+
+
+def _load_exported(target: str, path: Path) -> None:
+    loaded = qt.export.load(target, path)
+    with contextlib.suppress(Exception):
+        loaded(batches((2, 1, 4, 4), 1)[0])
+
+
+def _exported(target: str, *imports: str, megabytes: int) -> Loader:
+    make, load = partial(_make_exported, target), partial(_load_exported, target)
+    return Loader(make, load, imports=imports, megabytes=megabytes)
+
+
+#: Files of other runtimes, which are refused before these read them, see ``export.integrity``.
+_EXPORTED = {
+    "onnx": _exported("onnx", "onnx", "onnxruntime", megabytes=1024),
+    "openvino": _exported("openvino", "openvino", megabytes=1024),
+    "pt2": _exported("pt2", megabytes=1024),
+    "torchscript": _exported("torchscript", megabytes=1024),
+}
+
 #: By the name that ``scripts/fuzz_loaders.py --loader`` takes.
 LOADERS: dict[str, Loader] = {
     "save": Loader(_make_saved, _load_saved(2, 1, 4, 4), _reseal_saved),
@@ -274,4 +306,5 @@ LOADERS: dict[str, Loader] = {
         _load_registry,
         lambda data, rng: json.dumps(mutated_json(json.loads(data), rng)).encode(),
     ),
+    **{name: loader for name, loader in _EXPORTED.items() if qt.export.targets()[name].available},
 }

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.integrity import ONNX_SEAL
 from qtoolkit.export.onnx_graph import Lowering, byte_count
 from qtoolkit.export.onnx_names import name_interface
 from qtoolkit.export.onnx_run import OnnxRuntime
@@ -81,6 +82,7 @@ class OnnxTarget(Target):
     packages = ("onnx", "onnxscript")
     runtime = ("onnxruntime",)
     extra = "onnx"
+    integrity = ONNX_SEAL
     #: The oldest opset that it can be written in.
     min_opset: ClassVar[int] = MIN_OPSET
 

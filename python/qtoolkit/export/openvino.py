@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qtoolkit.export.errors import UnsupportedError
 from qtoolkit.export.four_bits import in_four_bits
+from qtoolkit.export.integrity import XML_SEAL
 from qtoolkit.export.program import QdqProgram
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
@@ -304,6 +305,7 @@ class OpenVinoTarget(Target):
     suffix = ".xml"
     packages = ("openvino",)
     extra = "openvino"
+    integrity = XML_SEAL
     preset = "openvino"
     branches = False
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qtoolkit.export.errors import MissingPackageError, UnsupportedError
+from qtoolkit.export.integrity import ZipChecksums
 from qtoolkit.export.program import trace
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
@@ -50,6 +51,7 @@ class Pt2Target(Target):
     """See ``pt2``."""
 
     suffix = ".pt2"
+    integrity = ZipChecksums()
     gives_codes = False
 
     def __init__(self, *, aot_inductor: bool = False) -> None:

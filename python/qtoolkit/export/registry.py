@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from qtoolkit.export.errors import MissingPackageError
 from qtoolkit.export.files import staged
+from qtoolkit.export.integrity import Integrity
 from qtoolkit.export.program import QdqProgram, tensors_of
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.verify import Runner, verify_file
 from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report
+from qtoolkit.saving import InvalidFileError
 from qtoolkit.workflow import convert
 
 
@@ -96,6 +98,8 @@ class Target:
     preset: ClassVar[str] = "x86"
     #: Whether the file must give the model's bits. ``check`` and ``write`` may still set it.
     exact: bool = False
+    #: How its files show damage; None where the loader itself finds it.
+    integrity: ClassVar[Integrity | None] = None
     #: Whether its runtime gives the codes of quantized layers, which are then compared one by one.
     gives_codes: ClassVar[bool] = True
     #: Whether a model that is only prepared is converted first.
@@ -218,6 +222,8 @@ def load(target: str, path: str | os.PathLike[str]) -> LoadedModel:
     Raises:
         ValueError: there is no such target.
         FileNotFoundError: there is no such file.
+        InvalidFileError: it is damaged, or no file of that target. A damaged one is found before
+            its runtime reads it; see ``integrity``.
         MissingPackageError: a package is absent; the message gives the command.
     """
     if target not in _TARGETS:
@@ -226,7 +232,18 @@ def load(target: str, path: str | os.PathLike[str]) -> LoadedModel:
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     instance = _TARGETS[target]()
     _require(instance, (*instance.packages, *instance.runtime), f"export.load({target!r})")
-    return LoadedModel(instance.load(Path(path)))
+    if instance.integrity is not None:
+        instance.integrity.check(Path(path))
+    try:
+        runner = instance.load(Path(path))
+    except (ImportError, OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # each runtime has its own
+        reason = str(error).strip() or type(error).__name__
+        raise InvalidFileError(
+            f"{path} cannot be loaded by export.load({target!r}): {reason}"
+        ) from error
+    return LoadedModel(runner)
 
 
 def _inputs(example_inputs: Any, target: str) -> tuple[Any, ...]:
@@ -309,6 +326,8 @@ def run_export(
     with staged(path) as temporary:
         target.check(job)
         warnings = target.write(job, temporary)
+        if target.integrity is not None:
+            target.integrity.seal(temporary)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
         verified = None
         if verify:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.integrity import ZipChecksums
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.verify import ModuleRunner, Runner
@@ -42,6 +43,7 @@ class TorchScriptTarget(Target):
     """See ``torchscript``."""
 
     suffix = ".pt"
+    integrity = ZipChecksums()
     exact = True
 
     def __init__(self) -> None:

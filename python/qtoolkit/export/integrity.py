@@ -1,0 +1,114 @@
+"""Whether an exported file is whole, before a runtime reads it.
+
+Runtimes trust the files that they are given: some crash or hang on damaged ones. So ``export.load``
+checks a file first. Files that come from elsewhere, or that other tools have written again, have no
+seal, and are loaded as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qtoolkit.saving import InvalidFileError
+
+_BLOCK = 1 << 20
+_DIGITS = 64
+
+
+class Integrity(Protocol):
+    """How files of a format show damage."""
+
+    def seal(self, path: Path) -> None:
+        """Adds to a file what ``check`` needs."""
+
+    def check(self, path: Path) -> None:
+        """Raises InvalidFileError if a file is damaged."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """SHA-256 at the start of a file, over all that follows and the files that belong to it.
+
+    Attributes:
+        before: bytes before the digest's 64 digits, which no other file starts with.
+        after: bytes behind them.
+        belonging: the path of a file that belongs to it, which may be absent.
+        replaces: what files start with otherwise, and ``before`` has.
+    """
+
+    before: bytes
+    after: bytes
+    belonging: Callable[[Path], Path]
+    replaces: bytes = b""
+
+    def _digest(self, path: Path, start: int) -> bytes:
+        digest = hashlib.sha256()
+        for part, offset in ((path, start), (self.belonging(path), 0)):
+            if not part.is_file():
+                continue
+            with part.open("rb") as file:
+                file.seek(offset)
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        return digest.hexdigest().encode()
+
+    def seal(self, path: Path) -> None:
+        """Writes the file again with its digest in front."""
+        start = len(self.replaces)
+        head = self.before + self._digest(path, start) + self.after
+        path.write_bytes(head + path.read_bytes()[start:])
+
+    def check(self, path: Path) -> None:
+        """Raises InvalidFileError if the file starts with a seal that is not its own."""
+        size = len(self.before) + _DIGITS + len(self.after)
+        with path.open("rb") as file:
+            head = file.read(size)
+        if not head.startswith(self.before):
+            return
+        if head != self.before + self._digest(path, size) + self.after:
+            other = self.belonging(path).name
+            raise InvalidFileError(
+                f"{path} is damaged: it, or {other} beside it, is not what was exported (its "
+                "SHA-256 differs). Copy or export it again"
+            )
+
+
+class ZipChecksums:
+    """The checksums that every zip archive has."""
+
+    def seal(self, path: Path) -> None:
+        """Nothing is added."""
+
+    def check(self, path: Path) -> None:
+        """Raises InvalidFileError if the file is no zip archive, or a part of it is damaged."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # zipfile raises many kinds
+            raise InvalidFileError(f"{path} is damaged, or no such file: {error}") from error
+        if damaged is not None:
+            raise InvalidFileError(f"{path} is damaged: the checksum of {damaged} differs")
+
+
+def _protobuf_seal() -> Seal:
+    """A seal as ONNX metadata: field 14 of the model, a message of key (1) and value (2)."""
+    key = b"qtoolkit.sha256"
+    entry = bytes([0x0A, len(key)]) + key + bytes([0x12, _DIGITS])
+    before = bytes([0x72, len(entry) + _DIGITS]) + entry
+    return Seal(before, b"", lambda path: path.with_name(f"{path.name}.data"))
+
+
+def _xml_seal() -> Seal:
+    """A seal as a comment, which may stand before the element that holds all."""
+    declaration = b'<?xml version="1.0"?>\n'
+    before = declaration + b"<!-- qtoolkit.sha256 "
+    return Seal(before, b" -->\n", lambda path: path.with_suffix(".bin"), declaration)
+
+
+ONNX_SEAL = _protobuf_seal()
+XML_SEAL = _xml_seal()

@@ -1,0 +1,87 @@
+"""Damaged files are found before a runtime reads them; files of other tools are not held up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qtoolkit as qt
+from qtoolkit.saving import InvalidFileError
+
+TARGETS = ["onnx", "openvino", "pt2", "torchscript"]
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def quantized(x) -> nn.Module:
+    torch.manual_seed(0)
+    prepared = qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), None, (x,))
+    return qt.convert(qt.calibrate(prepared, [(x,)], progress=False))
+
+
+def exported(target: str, model: nn.Module, x: Tensor, folder: Path) -> Path:
+    info = qt.export.targets()[target]
+    if not info.available:
+        pytest.skip(f"{target} needs packages that are absent: {info.install}")
+    return getattr(qt.export, target)(model, folder / f"m{info.suffix}", (x,), verify=False).path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_damaged_file_is_refused(target, quantized, x, tmp_path):
+    path = exported(target, quantized, x, tmp_path)
+    good = path.read_bytes()
+    assert qt.export.load(target, path)(x).shape == (2, 4, 6, 6)
+    weight = quantized.get_submodule("0").weight.numpy().tobytes()
+    place = good.find(weight)  # the weights of OpenVINO are elsewhere
+    flipped = bytearray(good)
+    flipped[place if place > 0 else len(good) // 2] ^= 4
+    for bad in (bytes(flipped), good[: len(good) // 2], good[:-1]):
+        path.write_bytes(bad)
+        with pytest.raises(InvalidFileError, match="is damaged"):
+            qt.export.load(target, path)
+
+
+def test_a_file_that_belongs_to_it_is_checked_too(quantized, x, tmp_path):
+    path = exported("openvino", quantized, x, tmp_path)
+    weights = path.with_suffix(".bin")
+    data = bytearray(weights.read_bytes())
+    data[3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InvalidFileError, match=r"m\.xml is damaged: it, or m\.bin beside it"):
+        qt.export.load("openvino", path)
+    weights.unlink()
+    with pytest.raises(InvalidFileError, match="is damaged"):
+        qt.export.load("openvino", path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_no_such_file_is_refused_with_one_exception(target, quantized, x, tmp_path):
+    path = exported(target, quantized, x, tmp_path)
+    path.write_text("an ode to the sea")
+    with pytest.raises(InvalidFileError, match=str(path)):
+        qt.export.load(target, path)
+
+
+def test_a_file_that_another_tool_wrote_again_has_no_seal_and_loads(quantized, x, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="pip install 'qtoolkit[onnx]'")
+    path = exported("onnx", quantized, x, tmp_path)
+    expected = qt.export.load("onnx", path)(x)
+    model = onnx.load(path)
+    assert [p.key for p in model.metadata_props].count("qtoolkit.sha256") == 1
+    model.doc_string = "changed"
+    onnx.save(model, path)
+    assert torch.equal(qt.export.load("onnx", path)(x), expected)
+
+
+def test_sealed_xml_is_well_formed(quantized, x, tmp_path):
+    path = exported("openvino", quantized, x, tmp_path)
+    assert path.read_bytes().startswith(b'<?xml version="1.0"?>\n<!-- qtoolkit.sha256 ')
+    assert ElementTree.parse(path).getroot().tag == "net"
