@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings as python_warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +184,12 @@ class QdqProgram:
         """The program of a model that has the operators of ``ops.qdq_quantize``."""
         example_inputs = copy.deepcopy(example_inputs)
         exported, reason = trace(model, example_inputs, dynamic_batch=dynamic_batch)
+        return cls._of(exported, tensors_of(example_inputs), reason)
+
+    @classmethod
+    def _of(
+        cls, exported: ExportedProgram, example_inputs: list[Tensor], fixed_batch: str | None
+    ) -> QdqProgram:
         constants, inputs = {}, []
         values = {**exported.state_dict, **exported.constants}
         for spec in exported.graph_signature.input_specs:
@@ -200,9 +206,24 @@ class QdqProgram:
         ]
         # Inputs that are no tensors are constants of the graph; their placeholders are unused.
         tensor_inputs = [name for name in inputs if isinstance(nodes[name].meta["val"], Tensor)]
-        return cls(
-            exported, constants, tensor_inputs, outputs, tensors_of(example_inputs), reason, inputs
-        )
+        return cls(exported, constants, tensor_inputs, outputs, example_inputs, fixed_batch, inputs)
+
+    def decomposed(self, known: Container[str]) -> QdqProgram:
+        """The program with operators that are not known expressed by others, where PyTorch does.
+
+        Args:
+            known: names of operators, such as "aten.linear.default", which stay.
+        """
+        table = torch.export.default_decompositions()
+        program = self
+        for _ in range(3):  # what an operator is expressed by may be unknown itself
+            calls = {node.target for node in program.graph.nodes if node.op == "call_function"}
+            unknown = [op for op in calls if str(op) not in known and op in table]
+            if not unknown:
+                break
+            exported = program.exported.run_decompositions({op: table[op] for op in unknown})
+            program = self._of(exported, self.example_inputs, self.fixed_batch)
+        return program
 
     @property
     def graph(self) -> fx.Graph:

@@ -14,18 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit._version import __version__
-from qtoolkit.export import tflite_layers, tflite_operators  # noqa: F401  they register
+from qtoolkit.export import (  # noqa: F401  they register
+    tflite_layers,
+    tflite_movers,
+    tflite_operators,
+    tflite_windows,
+)
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.program import QdqProgram
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.tflite_flatbuffer import FlatbufferModel
 from qtoolkit.export.tflite_graph import Lowering
+from qtoolkit.export.tflite_program import FLOATS, INTEGERS, MOVERS
 from qtoolkit.export.tflite_values import NHWC, FixedBatchError
 from qtoolkit.export.verify import Runner
 
 #: Where the file says in which layout its inputs and outputs are.
 _METADATA = "qtoolkit"
 _LAYOUTS = ("nhwc", "nchw")
+#: Operators that have a translation.
+KNOWN = frozenset(FLOATS) | frozenset(INTEGERS) | frozenset(MOVERS)
 #: A flatbuffer ends at 2 GB.
 _LARGEST = 2**31 - 2**24
 
@@ -180,7 +189,16 @@ class TfliteTarget(Target):
         self.model.metadata[_METADATA] = json.dumps(about).encode()
 
     def _lower(self, job: Job, fixed: bool) -> Lowering:
-        lowering = Lowering(job.program, nhwc=self.layout == "nhwc", fixed=fixed)
+        try:
+            return self._lowered(job.program, fixed)
+        except UnsupportedError:
+            simpler = job.program.decomposed(KNOWN)
+            if simpler is job.program:
+                raise
+            return self._lowered(simpler, fixed)
+
+    def _lowered(self, program: QdqProgram, fixed: bool) -> Lowering:
+        lowering = Lowering(program, nhwc=self.layout == "nhwc", fixed=fixed)
         lowering.run()
         return lowering
 

@@ -137,6 +137,8 @@ class Lowering(Analysis, GraphWriter):
             return self._dequantize(node)
         target = str(node.target)
         handler = MOVERS.get(target) or FLOATS.get(target)
+        if handler is None and all(self._is_size(source) for source in node.all_input_nodes):
+            self.need_fixed(node, self.shape(node))
         if handler is None:
             raise self.unsupported(node, "TFLite has no such operator")
         return handler(self, node, FLOAT)
@@ -212,13 +214,17 @@ class Lowering(Analysis, GraphWriter):
         )
         index = x
         for source, target, dtype in (("INT8", "UINT8", np.uint8), ("UINT8", "INT32", np.int32)):
-            options: dict[str, Any] = {"InDataType": _kind(source), "OutDataType": _kind(target)}
+            options: dict[str, Any] = {
+                "InDataType": kind_of(source),
+                "OutDataType": kind_of(target),
+            }
             index = self.emit("CAST", [index], x, FLOAT, "CastOptions", dtype=dtype, **options)
         unclipped = replace(out, low=LOWEST, high=HIGHEST)
         return self.emit("GATHER", [table, index], x, unclipped, "GatherOptions", Axis=0)
 
 
-def _kind(name: str) -> int:
+def kind_of(name: str) -> int:
+    """The number of a tensor's type in the schema."""
     import tflite
 
     return int(getattr(tflite.TensorType, name))

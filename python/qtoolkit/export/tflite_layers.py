@@ -1,8 +1,7 @@
-"""Convolutions, linear layers, pools and resizing in TFLite."""
+"""Convolutions and linear layers in TFLite."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,88 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
-from torch.nn import functional
+from torch import fx
 
 from qtoolkit.export.tflite_flatbuffer import Quantization
 from qtoolkit.export.tflite_graph import Lowering
-from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, MOVERS, lowers
-from qtoolkit.export.tflite_values import LOWEST, NHWC, ONE, Out, Value, Weight
-
-_SAME, _VALID = 0, 1
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[-1]) if len(value) else (0, 0)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name, with defaults."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    values = {argument.name: argument.default_value for argument in schema}
-    values.update({argument.name: value for argument, value in zip(schema, node.args)})
-    return values | dict(node.kwargs)
-
-
-def _starts(size: int, kernel: int, stride: int, before: int, result: int) -> tuple[bool, int]:
-    """Whether TFLite's padding SAME is that of PyTorch along a dimension; else how much is missing
-    at the end."""
-    total = max((result - 1) * stride + kernel - size, 0)
-    same = result == math.ceil(size / stride) and total // 2 == before
-    return same, max(total - before, 0)
-
-
-def pad_for_windows(
-    lowering: Lowering,
-    x: Value,
-    result: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    before: Sequence[int],
-    *,
-    lowest: bool = False,
-) -> tuple[Value, int]:
-    """The input of an operator on windows, and the padding that the operator does itself.
-
-    PyTorch pads equally at both ends; TFLite's SAME pads one more at the end than at the start if
-    that is enough. Where they differ an operator pads, with zero or the lowest code.
-
-    Args:
-        lowering: where it is added.
-        x: of PyTorch's shape [N, C, H, W], stored as [N, H, W, C].
-        result: height and width of the result.
-        kernel: height and width of a window, dilation included.
-        stride: in both directions.
-        before: the padding at the top and at the left.
-        lowest: pad with the lowest number.
-    """
-    found = [_starts(*numbers) for numbers in zip(x.shape[2:], kernel, stride, before, result)]
-    if all(same for same, _ in found):
-        return x, _SAME
-    ends = [end for _, end in found]
-    if not any(before) and not any(ends):
-        return x, _VALID
-    sides = [(0, 0), (0, 0), (before[0], ends[0]), (before[1], ends[1])]
-    return pad(lowering, x, sides, lowest=lowest), _VALID
-
-
-def pad(
-    lowering: Lowering, x: Value, sides: Sequence[tuple[int, int]], *, lowest: bool = False
-) -> Value:
-    """Pads dimensions of PyTorch's with zero, or with the lowest number."""
-    shape = tuple(size + sum(side) if any(side) else size for size, side in zip(x.shape, sides))
-    widths = np.asarray([sides[dim] for dim in x.order], np.int32)
-    paddings = lowering.model.constant("paddings", widths)
-    like, out = replace(x, shape=shape), Out(x.quantization)
-    if not lowest or (x.quantization is not None and x.quantization.zero_point == LOWEST):
-        return lowering.emit("PAD", [x, paddings], like, out, "PadOptions")
-    value = np.full(1, LOWEST, np.int8)
-    if x.quantization is None:
-        value = np.full(1, np.finfo(np.float32).min, np.float32)
-    fill = lowering.model.constant("lowest", value, x.quantization)
-    return lowering.emit("PADV2", [x, paddings, fill], like, out, "PadV2Options")
+from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, lowers
+from qtoolkit.export.tflite_values import NHWC, Out, Value, Weight
+from qtoolkit.export.tflite_windows import VALID, arguments_of, cut, pad_for_windows, pair
 
 
 def _on_codes(lowering: Lowering, node: fx.Node) -> bool:
@@ -103,12 +27,12 @@ def _parameters(
     lowering: Lowering,
     node: fx.Node,
     x: Value,
-    bias: Any,
+    weight: Value | Weight,
+    bias: Value | Weight | None,
     axes: Sequence[int],
     axis: int,
-    channels: int,
     out: Out,
-    groups: Sequence[int] | None = None,
+    stored: Sequence[int] | None = None,
 ) -> list[Value | int]:
     """The weight and the bias of a layer.
 
@@ -116,38 +40,42 @@ def _parameters(
         lowering: where they are added.
         node: the layer.
         x: its input.
-        bias: its bias.
+        weight: in PyTorch's layout.
+        bias: None is zero.
         axes: the order of the weight's dimensions in TFLite.
         axis: the dimension of output channels there.
-        channels: how many there are.
         out: what the layer writes; codes where its input is codes.
-        groups: the shape of the weight in TFLite, if it is not that of the dimensions.
+        stored: the weight's shape in TFLite, if it has more dimensions than in PyTorch.
     """
     place = lowering.place(node)
     name = lowering.free_name(f"{place}.weight")
-    weight = lowering.operand(node.args[1])
     codes = weight.codes if isinstance(weight, Weight) else torch.from_numpy(weight.array)
-
-    def laid_out(values: Tensor) -> Any:
-        values = values.permute(*axes)
-        return values.reshape(*(groups or values.shape)).contiguous().numpy()
-
+    laid_out = codes.permute(*axes)
+    array = laid_out.reshape(*(stored or laid_out.shape)).contiguous().numpy()
+    channels = array.shape[axis]
+    tensor: Value | int
     if not isinstance(weight, Weight):
-        stored: Value | int = lowering.model.constant(name, laid_out(codes))
+        tensor = lowering.model.constant(name, array)
     else:
         if int(codes.min()) < -127:
             raise lowering.unsupported(node, "TFLite's weights have codes in [-127, 127]")
-        spread = weight.axis is None and weight.scale.numel() > 1
-        scales = () if spread else weight.scales(channels)
-        if spread:
-            stored = lowering.model.constant(name, laid_out(weight.real()))
-        else:
-            quantization = Quantization(scales, 0, axis)
-            stored = lowering.model.constant(name, laid_out(codes), quantization)
-        if out.quantization is None and not spread:
-            like = Value(tuple(lowering.model.tensors[stored].shape), tuple(range(len(axes))))
-            stored = lowering.emit("DEQUANTIZE", [stored], like, Out(), name=f"{name}.real")
-    return [stored, _bias(lowering, node, x, bias, channels, out, f"{place}.bias")]
+        quantization = Quantization(weight.scales(channels), 0, axis)
+        tensor = lowering.model.constant(name, array, quantization)
+        if out.quantization is None:
+            like = Value(array.shape, tuple(range(array.ndim)))
+            tensor = lowering.emit("DEQUANTIZE", [tensor], like, Out(), name=f"{name}.real")
+    name = lowering.free_name(f"{place}.bias")
+    if out.quantization is None:
+        numbers = _numbers(bias, channels).astype(np.float32)
+        return [tensor, lowering.model.constant(name, numbers)]
+    assert x.quantization is not None
+    assert isinstance(weight, Weight)
+    scales = np.asarray(weight.scales(channels)) * x.quantization.scale[0]
+    if isinstance(bias, Weight):
+        steps = bias.codes.to(torch.int32).numpy()
+    else:
+        steps = np.rint(_numbers(bias, channels) / scales).astype(np.int32)
+    return [tensor, lowering.model.constant(name, steps, Quantization(tuple(scales.tolist())))]
 
 
 def _numbers(value: Value | Weight | None, channels: int) -> NDArray[np.float64]:
@@ -159,22 +87,12 @@ def _numbers(value: Value | Weight | None, channels: int) -> NDArray[np.float64]
     return array.astype(np.float64)
 
 
-def _bias(
-    lowering: Lowering, node: fx.Node, x: Value, bias: Any, channels: int, out: Out, name: str
-) -> int:
-    name = lowering.free_name(name)
-    value = None if bias is None else lowering.operand(bias)
-    if out.quantization is None:
-        return lowering.model.constant(name, _numbers(value, channels).astype(np.float32))
-    assert x.quantization is not None
-    weight = lowering.operand(node.args[1])
-    assert isinstance(weight, Weight)
-    scales = np.asarray(weight.scales(channels)) * x.quantization.scale[0]
-    if isinstance(value, Weight):
-        codes = value.codes.to(torch.int32).numpy()
-    else:
-        codes = np.rint(_numbers(value, channels) / scales).astype(np.int32)
-    return lowering.model.constant(name, codes, Quantization(tuple(scales.tolist())))
+def _weights(lowering: Lowering, node: fx.Node) -> tuple[Value | Weight, Value | Weight | None]:
+    """Weight and bias of a layer, which must be constants."""
+    found = [lowering.operand(a) for a in (*node.args[1:3], None)[:2] if a is not None]
+    if any(isinstance(value, Value) and value.array is None for value in found):
+        raise lowering.unsupported(node, "its weight is computed, and TFLite's is a constant")
+    return found[0], found[1] if len(found) > 1 else None
 
 
 @lowers(
@@ -185,18 +103,18 @@ def _bias(
     into=(FLOATS, INTEGERS),
 )
 def _conv(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     x = lowering.input(node.args[0], out)
     result = lowering.shape(node)
     flat = x.rank == 3  # a line is an image of height 1
     if flat:
         x = lowering.reshape(x, (*x.shape[:2], 1, x.shape[2]))
     x = lowering.stored_as(x, NHWC)
-    weight = lowering.operand(node.args[1])
+    weight, bias = _weights(lowering, node)
     shape = list(weight.codes.shape if isinstance(weight, Weight) else weight.shape)
     if flat:
         shape.insert(2, 1)
-    stride, dilation = _pair(arguments["stride"]), _pair(arguments["dilation"])
+    stride, dilation = pair(arguments["stride"]), pair(arguments["dilation"])
     spread = [(k - 1) * d + 1 for k, d in zip(shape[2:], dilation)]
     padding = arguments["padding"]
     if padding == "valid":
@@ -204,7 +122,7 @@ def _conv(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     elif padding == "same":
         before = tuple((k - 1) // 2 for k in spread)  # type: ignore[assignment]
     else:
-        before = _pair(padding)
+        before = pair(padding)
     if flat:
         stride, dilation, before = (1, stride[1]), (1, dilation[1]), (0, before[1])
     like = Value((*result[:2], 1, result[2]) if flat else result, NHWC)
@@ -217,17 +135,16 @@ def _conv(lowering: Lowering, node: fx.Node, out: Out) -> Value:
         "DilationHFactor": dilation[0],
         "DilationWFactor": dilation[1],
     }
-    bias = arguments["bias"]
     axes = (0, 2, 1) if flat else (0, 2, 3, 1)
     if groups > 1 and groups == x.shape[1]:
         stored = (1, shape[2], shape[3], channels)
         axes = (1, 2, 0) if flat else (1, 2, 3, 0)
-        parameters = _parameters(lowering, node, x, bias, axes, 3, channels, out, stored)
+        parameters = _parameters(lowering, node, x, weight, bias, axes, 3, out, stored)
         kind, table = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"
         options["DepthMultiplier"] = channels // groups
     else:
         stored = (channels, shape[2], shape[3], shape[1])
-        parameters = _parameters(lowering, node, x, bias, axes, 0, channels, out, stored)
+        parameters = _parameters(lowering, node, x, weight, bias, axes, 0, out, stored)
         kind, table = "CONV_2D", "Conv2DOptions"
     value = lowering.emit(kind, [x, *parameters], like, out, table, fuses=True, **options)
     return lowering.reshape(value, result) if flat else value
@@ -239,8 +156,7 @@ def _linear(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     if x.order[-1] != x.rank - 1:
         x = lowering.plain(x)
     result = lowering.shape(node)
-    bias = node.args[2] if len(node.args) > 2 else None
-    parameters = _parameters(lowering, node, x, bias, (0, 1), 0, result[-1], out)
+    parameters = _parameters(lowering, node, x, *_weights(lowering, node), (0, 1), 0, out)
     return lowering.emit(
         "FULLY_CONNECTED",
         [x, *parameters],
@@ -252,204 +168,97 @@ def _linear(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     )
 
 
+@lowers("aten.conv_transpose2d.input", into=(FLOATS, INTEGERS))
+def _transposed(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    """A transposed convolution: all that it gives without padding, of which a part is taken."""
+    arguments = arguments_of(node)
+    x = lowering.stored_as(lowering.input(node.args[0], out), NHWC)
+    result = lowering.shape(node)
+    lowering.need_fixed(node, result)
+    weight, bias = _weights(lowering, node)
+    groups, rows = arguments["groups"], x.shape[1] // arguments["groups"]
+    part = out if groups == 1 else Out(out.quantization, "", out.low, out.high)
+    values = []
+    for group in range(groups):
+        own = x if groups == 1 else cut(lowering, x, 1, group * rows, (group + 1) * rows)
+        pieces = _piece(weight, group, rows, 0), _piece(bias, group, result[1] // groups, 0)
+        values.append(_transposed_group(lowering, node, own, *pieces, part))
+    if groups == 1:
+        return values[0]
+    like, table = Value(result, NHWC), "ConcatenationOptions"
+    return lowering.emit("CONCATENATION", values, like, out, table, fuses=True, Axis=3)
+
+
+def _piece(operand: Any, group: int, count: int, dim: int) -> Any:
+    """The part of a group's weight or bias."""
+    if operand is None:
+        return None
+    start = group * count
+    if not isinstance(operand, Weight):
+        return replace(operand, array=operand.array[start : start + count])
+    scale = operand.scale
+    if operand.codes.dim() == 1:  # a bias
+        return Weight(operand.codes[start : start + count], scale[start : start + count], 0)
+    if operand.axis is None and scale.numel() > 1:  # scales of all groups, in the weight's shape
+        return Weight(operand.codes[start : start + count], scale[start].reshape(-1), 1)
+    return Weight(operand.codes[start : start + count], scale, operand.axis)
+
+
+def _transposed_group(
+    lowering: Lowering,
+    node: fx.Node,
+    x: Value,
+    weight: Value | Weight,
+    bias: Value | Weight | None,
+    out: Out,
+) -> Value:
+    arguments = arguments_of(node)
+    stride, padding = pair(arguments["stride"]), pair(arguments["padding"])
+    weight = _spread(weight, pair(arguments["dilation"]))
+    _, channels, *kernel = weight.codes.shape if isinstance(weight, Weight) else weight.shape
+    parameters = _parameters(lowering, node, x, weight, bias, (1, 2, 3, 0), 0, out)
+    wanted = lowering.shape(node)[2:]
+    sizes = [
+        max((size - 1) * step + window, side + count)
+        for size, step, window, side, count in zip(x.shape[2:], stride, kernel, padding, wanted)
+    ]
+    like = Value((x.shape[0], channels, *sizes), NHWC)
+    shape = lowering.model.constant("shape", np.asarray(like.stored, np.int32))
+    value = lowering.emit(
+        "TRANSPOSE_CONV",
+        [shape, parameters[0], x, parameters[1]],
+        like,
+        out,
+        "TransposeConvOptions",
+        fuses=True,
+        Padding=VALID,
+        StrideH=stride[0],
+        StrideW=stride[1],
+    )
+    for dim, side, count in zip((2, 3), padding, wanted):
+        value = cut(lowering, value, dim, side, side + count)
+    return value
+
+
+def _spread(weight: Value | Weight, dilation: tuple[int, int]) -> Value | Weight:
+    """A weight with zeros between its numbers, for which TFLite has no dilation."""
+    if dilation == (1, 1):
+        return weight
+    codes = weight.codes if isinstance(weight, Weight) else torch.from_numpy(weight.array)
+    sizes = [(size - 1) * step + 1 for size, step in zip(codes.shape[2:], dilation)]
+    wide = codes.new_zeros((*codes.shape[:2], *sizes))
+    wide[:, :, :: dilation[0], :: dilation[1]] = codes
+    if isinstance(weight, Weight):
+        return replace(weight, codes=wide)
+    return replace(weight, shape=tuple(wide.shape), array=wide.numpy())
+
+
 for _name in (
     "conv2d.default",
     "conv2d.padding",
     "conv1d.default",
     "conv1d.padding",
     "linear.default",
+    "conv_transpose2d.input",
 ):
     CONDITIONS[f"aten.{_name}"] = _on_codes
-
-
-@lowers("aten.max_pool2d.default", into=(MOVERS,))
-def _max_pool(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
-    if _pair(arguments["dilation"]) != (1, 1):
-        raise lowering.unsupported(node, "TFLite's max pool has no dilation")
-    x = lowering.stored_as(lowering.value(node.args[0]), NHWC)
-    kernel = _pair(arguments["kernel_size"])
-    stride = _pair(arguments["stride"] or kernel)
-    like = replace(x, shape=lowering.shape(node))
-    before = _pair(arguments["padding"])
-    x, mode = pad_for_windows(lowering, x, like.shape[2:], kernel, stride, before, lowest=True)
-    return lowering.emit(
-        "MAX_POOL_2D",
-        [x],
-        like,
-        Out(x.quantization),
-        "Pool2DOptions",
-        fuses=True,
-        Padding=mode,
-        StrideH=stride[0],
-        StrideW=stride[1],
-        FilterHeight=kernel[0],
-        FilterWidth=kernel[1],
-    )
-
-
-def _windows(lowering: Lowering, node: fx.Node) -> tuple[Any, Any, Any] | None:
-    """Kernel, stride and padding of an average pool whose windows all have the same count; None of
-    another one."""
-    shape, result = lowering.shape(node.args[0]), lowering.shape(node)  # type: ignore[arg-type]
-    arguments = _arguments(node)
-    if "output_size" in arguments:
-        if any(size % count for size, count in zip(shape[-2:], result[-2:])):
-            return None
-        kernel = (shape[-2] // result[-2], shape[-1] // result[-1])
-        return kernel, kernel, (0, 0)
-    kernel = _pair(arguments["kernel_size"])
-    stride, padding = _pair(arguments["stride"] or kernel), _pair(arguments["padding"])
-    if any(padding) and not arguments["count_include_pad"]:
-        return None
-    fits = all(
-        (count - 1) * step + window <= size + 2 * side
-        for size, count, step, window, side in zip(shape[-2:], result[-2:], stride, kernel, padding)
-    )
-    return (kernel, stride, padding) if fits else None
-
-
-def _mean_of_windows(lowering: Lowering, node: fx.Node) -> bool:
-    return node.args[0] in lowering.codes and _windows(lowering, node) is not None
-
-
-@lowers("aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", into=(FLOATS, INTEGERS))
-def _average_pool(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x = lowering.stored_as(lowering.input(node.args[0], out), NHWC)
-    like = Value(lowering.shape(node), NHWC)
-    windows = _windows(lowering, node)
-    if windows is None:
-        return linear_map(lowering, node, x)
-    if windows == ((1, 1), (1, 1), (0, 0)) and out.quantization is None:
-        return x
-    if like.shape[2:] == (1, 1) and windows[0] == x.shape[2:]:
-        return mean(lowering, x, [2, 3], True, out)
-    kernel, stride, before = windows
-    x, mode = pad_for_windows(lowering, x, like.shape[2:], kernel, stride, before)
-    if mode == _SAME and any(before):  # TFLite does not count what it pads
-        sides = [(0, 0), (0, 0), *((side, side) for side in before)]
-        x, mode = pad(lowering, x, sides), _VALID
-    # A convolution with one weight divides by any number, and gives codes of any scale. LiteRT's
-    # own kernels round twice, which shows least where sums are large: so 1 has the code 127.
-    channels, count = x.shape[1], math.prod(kernel)
-    count = _arguments(node).get("divisor_override") or count
-    ones = np.full((1, *kernel, channels), ONE, np.int8)
-    weight = Quantization((1.0 / count / ONE,) * channels, 0, 3)
-    if out.quantization is None:
-        filled = lowering.model.constant("ones", np.full(ones.shape, 1 / count, np.float32))
-        bias = lowering.model.constant("zeros", np.zeros(channels, np.float32))
-    else:
-        assert x.quantization is not None
-        scales = tuple(scale * x.quantization.scale[0] for scale in weight.scale)
-        filled = lowering.model.constant("ones", ones, weight)
-        bias = lowering.model.constant("zeros", np.zeros(channels, np.int32), Quantization(scales))
-    return lowering.emit(
-        "DEPTHWISE_CONV_2D",
-        [x, filled, bias],
-        like,
-        out,
-        "DepthwiseConv2DOptions",
-        fuses=True,
-        Padding=mode,
-        StrideH=stride[0],
-        StrideW=stride[1],
-        DepthMultiplier=1,
-        DilationHFactor=1,
-        DilationWFactor=1,
-    )
-
-
-for _name in ("avg_pool2d.default", "adaptive_avg_pool2d.default"):
-    CONDITIONS[f"aten.{_name}"] = _mean_of_windows
-
-
-def mean(lowering: Lowering, x: Value, dims: Sequence[int], keepdim: bool, out: Out) -> Value:
-    """The mean over dimensions of PyTorch's."""
-    dims = [dim % x.rank for dim in dims]
-    axes = np.asarray(sorted(x.axis(dim) for dim in dims), np.int32)
-    axis = lowering.model.constant("axes", axes)
-    lowering.coarse.add(out.name)
-    if keepdim:
-        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-        like = Value(shape, x.order)
-    else:
-        kept = [dim for dim in range(x.rank) if dim not in dims]
-        order = tuple(kept.index(dim) for dim in x.order if dim in kept)
-        like = Value(tuple(x.shape[dim] for dim in kept), order)
-    return lowering.emit("MEAN", [x, axis], like, out, "ReducerOptions", KeepDims=keepdim)
-
-
-@lowers("aten.mean.dim", into=(FLOATS, INTEGERS))
-def _mean(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
-    x = lowering.input(node.args[0], out)
-    dims = arguments["dim"] or range(x.rank)
-    return mean(lowering, x, dims, bool(arguments["keepdim"]), out)
-
-
-def linear_map(lowering: Lowering, node: fx.Node, x: Value) -> Value:
-    """A float operator that gives each pixel of its result as a weighted sum of pixels, channel by
-    channel, as a product of matrices."""
-    x = lowering.stored_as(lowering.dequantized(x), NHWC)
-    result, (height, width) = lowering.shape(node), x.shape[2:]
-    pixels, found = height * width, result[2] * result[3]
-    if pixels * found > 2**22:
-        raise lowering.unsupported(node, "TFLite has no such operator")
-    basis = torch.eye(pixels).reshape(1, pixels, height, width)
-    matrix = node.target(basis, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    rows = matrix.reshape(pixels, found).t().contiguous().numpy()
-    constant = lowering.model.constant("pixels", rows[None])
-    flat = lowering.reshape(x, (*x.shape[:2], pixels))
-    flat = lowering.stored_as(flat, (0, 2, 1))
-    like = Value((*result[:2], found), (0, 2, 1))
-    value = lowering.emit("BATCH_MATMUL", [constant, flat], like, Out(), "BatchMatMulOptions")
-    return lowering.reshape(value, result)
-
-
-@lowers("aten.upsample_bilinear2d.vec", into=(FLOATS,))
-def _bilinear(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
-    x = lowering.stored_as(lowering.real(node.args[0]), NHWC)
-    result = lowering.shape(node)
-    factors = arguments["scale_factors"]
-    exact = not factors or all(
-        math.isclose(factor * size, count) for factor, size, count in
-        zip(factors, x.shape[2:], result[2:])
-    )  # fmt: skip
-    if not exact and not arguments["align_corners"]:
-        return linear_map(lowering, node, x)
-    size = lowering.model.constant("size", np.asarray(result[2:], np.int32))
-    corners = bool(arguments["align_corners"])
-    return lowering.emit(
-        "RESIZE_BILINEAR",
-        [x, size],
-        Value(result, NHWC),
-        out,
-        "ResizeBilinearOptions",
-        AlignCorners=corners,
-        HalfPixelCenters=not corners,
-    )
-
-
-@lowers("aten.upsample_nearest2d.vec", "aten._upsample_nearest_exact2d.vec", into=(MOVERS,))
-def _nearest(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    """Rows and columns that are taken, as PyTorch computes them."""
-    x, result = lowering.value(node.args[0]), lowering.shape(node)
-    mode = "nearest-exact" if "exact" in str(node.target) else "nearest"
-    factors = _arguments(node)["scale_factors"]
-    for dim in (2, 3):
-        places = torch.arange(x.shape[dim], dtype=torch.float32).reshape(1, 1, -1)
-        options: dict[str, Any] = {"scale_factor": factors[dim - 2]} if factors else {}
-        if not factors:
-            options["size"] = int(result[dim])
-        found = functional.interpolate(places, mode=mode, **options).reshape(-1)
-        x = take(lowering, x, dim, found.to(torch.int32))
-    return x
-
-
-def take(lowering: Lowering, x: Value, dim: int, indices: Tensor) -> Value:
-    """Elements of a dimension by constant indices."""
-    index = lowering.model.constant("indices", indices.to(torch.int32).numpy())
-    shape = tuple(len(indices) if d == dim else size for d, size in enumerate(x.shape))
-    like, out = replace(x, shape=shape), Out(x.quantization)
-    return lowering.emit("GATHER", [x, index], like, out, "GatherOptions", Axis=x.axis(dim))

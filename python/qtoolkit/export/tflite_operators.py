@@ -1,4 +1,4 @@
-"""Operators on elements, moved values, products of matrices and normalization in TFLite."""
+"""Operators on elements, products of matrices and normalization in TFLite."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from qtoolkit.export.tflite_graph import Lowering
-from qtoolkit.export.tflite_layers import _arguments, mean, pad, take
-from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, MOVERS, clip_bounds, lowers
+from qtoolkit.export.tflite_graph import Lowering, kind_of
+from qtoolkit.export.tflite_movers import permuted
+from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, clip_bounds, lowers
 from qtoolkit.export.tflite_values import FreeSize, Out, Value
+from qtoolkit.export.tflite_windows import arguments_of, mean, reduce
 
 _REAL = Out()
 _BINARY = {
@@ -40,6 +41,7 @@ _UNARY: dict[str, tuple[str, str | None]] = {
     "abs": ("ABS", None),
     "cos": ("COS", None),
     "exp": ("EXP", None),
+    "elu": ("ELU", None),
     "floor": ("FLOOR", None),
     "hardswish": ("HARD_SWISH", None),
     "log": ("LOG", None),
@@ -85,7 +87,7 @@ def _operand(lowering: Lowering, argument: Any, out: Out) -> Value:
 @lowers(*(f"aten.{name}" for name in _BINARY), into=(FLOATS,))
 @lowers("aten.add.Tensor", "aten.mul.Tensor", into=(INTEGERS,))
 def _elementwise(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     kind = _BINARY[str(node.target).removeprefix("aten.")]
     a, b = (_operand(lowering, argument, out) for argument in node.args[:2])
     if arguments.get("alpha", 1) != 1:
@@ -105,18 +107,25 @@ for _name in ("aten.add.Tensor", "aten.mul.Tensor"):
 
 @lowers(*(f"aten.{name}.default" for name in _UNARY), into=(FLOATS,))
 def _function(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    if any(arguments_of(node).get(key, 1) != 1 for key in ("alpha", "scale", "input_scale")):
+        raise lowering.unsupported(node, "TFLite has it with the scales of one only")
     kind, table = _UNARY[str(node.target).split(".")[1]]
     return _unary(lowering, kind, lowering.real(node.args[0]), table)
 
 
-@lowers("aten.gelu.default", "aten.leaky_relu.default", into=(FLOATS,))
-def _function_with_option(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x, arguments = lowering.real(node.args[0]), _arguments(node)
-    if "approximate" in arguments:
-        tanh = arguments["approximate"] == "tanh"
-        return _unary(lowering, "GELU", x, "GeluOptions", Approximate=tanh)
-    slope = arguments["negative_slope"]
-    return _unary(lowering, "LEAKY_RELU", x, "LeakyReluOptions", Alpha=slope)
+@lowers("aten.gelu.default", into=(FLOATS, INTEGERS))
+def _gelu(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    """GELU, which runtimes compute on codes by a table of their own."""
+    x, tanh = lowering.input(node.args[0], out), arguments_of(node)["approximate"] == "tanh"
+    return lowering.emit("GELU", [x], x, out, "GeluOptions", Approximate=tanh)
+
+
+@lowers("aten.leaky_relu.default", into=(FLOATS,))
+def _leaky_relu(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    slope = arguments_of(node)["negative_slope"]
+    return _unary(
+        lowering, "LEAKY_RELU", lowering.real(node.args[0]), "LeakyReluOptions", Alpha=slope
+    )
 
 
 @lowers("aten.silu.default", into=(FLOATS,))
@@ -163,7 +172,7 @@ def _power(lowering: Lowering, node: fx.Node, out: Out) -> Value:
 
 @lowers("aten.cat.default", into=(FLOATS, INTEGERS))
 def _concatenate(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     sources: Sequence[Any] = arguments["tensors"]
     shape = lowering.shape(node)
     dim = arguments["dim"] % len(shape)
@@ -182,186 +191,35 @@ def _concatenate(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     return lowering.emit("CONCATENATION", values, like, out, table, fuses=True, Axis=axis)
 
 
-# Moved values
+@lowers("aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default", into=(FLOATS,))
+def _reduce(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    kinds = {"sum": "SUM", "amax": "REDUCE_MAX", "amin": "REDUCE_MIN"}
+    x, arguments = lowering.real(node.args[0]), arguments_of(node)
+    kind = kinds[str(node.target).split(".")[1]]
+    return reduce(lowering, kind, x, arguments["dim"], bool(arguments["keepdim"]), out)
 
 
-@lowers(
-    "aten.reshape.default",
-    "aten.view.default",
-    "aten._unsafe_view.default",
-    "aten.flatten.using_ints",
-    "aten.unflatten.int",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
-    "aten.squeeze.default",
-    "aten.unsqueeze.default",
-    into=(MOVERS,),
-)
-def _reshape(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    return lowering.reshape(lowering.value(node.args[0]), lowering.shape(node))
-
-
-@lowers(
-    "aten.contiguous.default",
-    "aten.clone.default",
-    "aten.detach.default",
-    "aten.alias.default",
-    "aten.dropout.default",
-    "aten.lift_fresh_copy.default",
-    into=(MOVERS,),
-)
-def _same(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    return lowering.value(node.args[0])
-
-
-def _permuted(x: Value, dims: Sequence[int]) -> Value:
-    """Dimension i of the result is dimension ``dims[i]`` of x, which stays as it is stored."""
-    dims = [dim % x.rank for dim in dims]
-    shape = tuple(x.shape[dim] for dim in dims)
-    if x.array is not None:
-        return replace(x, shape=shape, order=tuple(range(x.rank)), array=x.array.transpose(dims))
-    return replace(x, shape=shape, order=tuple(dims.index(dim) for dim in x.order))
-
-
-@lowers("aten.permute.default", "aten.transpose.int", "aten.t.default", into=(MOVERS,))
-def _permute(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x = lowering.value(node.args[0])
-    if str(node.target) == "aten.permute.default":
-        return _permuted(x, cast(Sequence[int], node.args[1]))
-    dims = list(range(x.rank))
-    a, b = cast(tuple[int, int], node.args[1:3] or (0, 1))
-    dims[a], dims[b] = dims[b], dims[a]
-    return _permuted(x, dims)
-
-
-@lowers("aten.channel_shuffle.default", into=(MOVERS,))
-def _channel_shuffle(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x, groups = lowering.value(node.args[0]), cast(int, node.args[1])
-    rest = range(3, x.rank + 1)
-    split = lowering.reshape(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
-    return lowering.reshape(_permuted(split, (0, 2, 1, *rest)), x.shape)
-
-
-@lowers("aten.pixel_shuffle.default", "aten.pixel_unshuffle.default", into=(MOVERS,))
-def _pixel_shuffle(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x, r = lowering.value(node.args[0]), cast(int, node.args[1])
-    n, c, h, w = x.shape
-    if "unshuffle" in str(node.target):
-        x = lowering.reshape(x, (n, c, h // r, r, w // r, r))
-        x = _permuted(x, (0, 1, 3, 5, 2, 4))
-    else:
-        x = lowering.reshape(x, (n, c // (r * r), r, r, h, w))
-        x = _permuted(x, (0, 1, 4, 2, 5, 3))
-    return lowering.reshape(x, lowering.shape(node))
-
-
-def _cut(lowering: Lowering, x: Value, dim: int, start: int, end: int, step: int = 1) -> Value:
-    """Elements of a dimension from start up to end."""
-    dim %= x.rank
-    shape = tuple(
-        len(range(start, end, step)) if d == dim else size for d, size in enumerate(x.shape)
-    )
-    if shape == x.shape:
-        return x
-    if x.array is not None:
-        part = x.array[(slice(None),) * dim + (slice(start, end, step),)]
-        return replace(x, shape=shape, array=part)
-    axis = x.axis(dim)
-    others = sum(1 << other for other in range(x.rank) if other != axis)
-    numbers = []
-    for name, value, default in (("begin", start, 0), ("end", end, 0), ("steps", step, 1)):
-        values = np.full(x.rank, default, np.int32)
-        values[axis] = value
-        numbers.append(lowering.model.constant(name, values))
-    like, table = replace(x, shape=shape), "StridedSliceOptions"
-    masks: dict[str, Any] = {"BeginMask": others, "EndMask": others}
-    return lowering.emit("STRIDED_SLICE", [x, *numbers], like, Out(x.quantization), table, **masks)
-
-
-def _bound(value: Any, size: int, default: int) -> int:
-    if value is None:
-        return default
-    return min(max(value + size if value < 0 else value, 0), size)
-
-
-@lowers("aten.slice.Tensor", into=(MOVERS,))
-def _slice(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x, arguments = lowering.value(node.args[0]), _arguments(node)
+@lowers("aten.argmax.default", into=(FLOATS,))
+def _argmax(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    x, arguments = lowering.value(node.args[0]), arguments_of(node)
+    if arguments["dim"] is None:
+        raise lowering.unsupported(node, "TFLite finds the largest along a dimension only")
     dim = arguments["dim"] % x.rank
-    size = x.shape[dim]
-    start, end = (lowering.number(arguments[key]) for key in ("start", "end"))
-    start, end = _bound(start, size, 0), _bound(end, size, size)
-    if isinstance(size, FreeSize) and (start, end) != (0, size):
-        lowering.need_fixed(node, x.shape)
-    return _cut(lowering, x, dim, start, end, arguments["step"])
+    axis = lowering.model.constant("axis", np.asarray(x.axis(dim), np.int32))
+    kept = [d for d in range(x.rank) if d != dim]
+    like = Value(tuple(x.shape[d] for d in kept), tuple(kept.index(d) for d in x.order if d != dim))
+    options: dict[str, Any] = {"OutputType": kind_of("INT64")}
+    table = "ArgMaxOptions"
+    value = lowering.emit("ARG_MAX", [x, axis], like, out, table, dtype=np.int64, **options)
+    return lowering.reshape(value, lowering.shape(node))
 
 
-@lowers("aten.select.int", into=(MOVERS,))
-def _select(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x = lowering.value(node.args[0])
-    dim, index = (lowering.number(argument) for argument in node.args[1:3])
-    dim %= x.rank
-    if isinstance(x.shape[dim], FreeSize):
-        lowering.need_fixed(node, x.shape)
-    index = index + x.shape[dim] if index < 0 else index
-    part = _cut(lowering, x, dim, index, index + 1)
-    return lowering.reshape(part, lowering.shape(node))
-
-
-@lowers("<built-in function getitem>", into=(MOVERS,))
-def _part(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    """A part of what was cut."""
-    cut, number = cast(tuple[fx.Node, int], node.args)
-    target = str(cut.target)
-    if target not in {"aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"}:
-        raise lowering.unsupported(cut, "TFLite has no such operator")
-    arguments = _arguments(cut)
-    dim = arguments["dim"]
-    sizes = [lowering.sizes(part.shape)[dim] for part in cut.meta["val"]]
-    start = sum(sizes[:number])
-    return _cut(lowering, lowering.value(cut.args[0]), dim, start, start + sizes[number])
-
-
-@lowers("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default", into=(MOVERS,))
-def _chunk(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    return lowering.value(node.args[0])
-
-
-@lowers("aten.expand.default", into=(MOVERS,))
-def _expand(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x, shape = lowering.value(node.args[0]), lowering.shape(node)
-    if x.shape == shape:
-        return x
-    lowering.need_fixed(node, shape)
-    if x.rank < len(shape):
-        x = lowering.reshape(x, (1,) * (len(shape) - x.rank) + x.shape)
-    sizes = lowering.model.constant("shape", np.asarray([shape[dim] for dim in x.order], np.int32))
-    like = replace(x, shape=shape, array=None)
-    return lowering.emit("BROADCAST_TO", [x, sizes], like, Out(x.quantization))
-
-
-@lowers("aten.pad.default", "aten.constant_pad_nd.default", into=(MOVERS,))
-def _pad(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    x, arguments = lowering.value(node.args[0]), _arguments(node)
-    sides = [(0, 0)] * x.rank
-    numbers = [lowering.number(number) for number in arguments["pad"]]
-    for index in range(len(numbers) // 2):
-        sides[x.rank - 1 - index] = (numbers[2 * index], numbers[2 * index + 1])
-    mode = arguments.get("mode", "constant")
-    for dim, (before, after) in enumerate(sides):
-        if before < 0 or after < 0:
-            size = x.shape[dim]
-            x = _cut(lowering, x, dim, max(-before, 0), size - max(-after, 0))
-        sides[dim] = (max(before, 0), max(after, 0))
-        if mode != "constant" and any(sides[dim]):
-            places = torch.arange(x.shape[dim], dtype=torch.float32).reshape(1, 1, -1)
-            found = torch.nn.functional.pad(places, sides[dim], mode=mode).reshape(-1)
-            x = take(lowering, x, dim, found.to(torch.int32))
-    if mode != "constant" or not any(map(any, sides)):
-        return x
-    if arguments.get("value"):
-        raise lowering.unsupported(node, "only zeros can be padded with in a TFLite file")
-    return pad(lowering, x, sides)
+@lowers("aten.embedding.default", into=(FLOATS,))
+def _embedding(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    weight, index = lowering.real(node.args[0]), lowering.plain(lowering.value(node.args[1]))
+    shape = lowering.shape(node)
+    like = Value(shape, tuple(range(len(shape))))
+    return lowering.emit("GATHER", [weight, index], like, out, "GatherOptions", Axis=0)
 
 
 # Products of matrices and normalization
@@ -404,17 +262,35 @@ def _softmax(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     return softmax(lowering, lowering.real(node.args[0]), cast(int, node.args[1]))
 
 
-@lowers("aten.layer_norm.default", into=(FLOATS,))
-def _layer_norm(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
-    x = lowering.real(node.args[0])
-    dims = range(x.rank - len(arguments["normalized_shape"]), x.rank)
+def _normalized(lowering: Lowering, x: Value, dims: Sequence[int], eps: float) -> Value:
+    """Numbers less their mean over dimensions, divided by their deviation."""
     centred = _binary(lowering, "SUB", x, mean(lowering, x, dims, True, _REAL))
     variance = mean(lowering, _binary(lowering, "MUL", centred, centred), dims, True, _REAL)
-    inverse = _unary(
-        lowering, "RSQRT", _binary(lowering, "ADD", variance, _scalar(arguments["eps"]))
-    )
-    value = _binary(lowering, "MUL", centred, inverse)
+    inverse = _unary(lowering, "RSQRT", _binary(lowering, "ADD", variance, _scalar(eps)))
+    return _binary(lowering, "MUL", centred, inverse)
+
+
+@lowers("aten.group_norm.default", into=(FLOATS,))
+def _group_norm(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    arguments = arguments_of(node)
+    x, groups = lowering.real(node.args[0]), arguments["num_groups"]
+    split = lowering.reshape(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    value = _normalized(lowering, split, range(2, split.rank), arguments["eps"])
+    value = lowering.reshape(value, x.shape)
+    for kind, key in (("MUL", "weight"), ("ADD", "bias")):
+        if arguments[key] is not None:
+            factor = lowering.real(arguments[key])
+            factor = lowering.reshape(factor, (x.shape[1], *(1,) * (x.rank - 2)))
+            value = _binary(lowering, kind, value, factor)
+    return value
+
+
+@lowers("aten.layer_norm.default", into=(FLOATS,))
+def _layer_norm(lowering: Lowering, node: fx.Node, out: Out) -> Value:
+    arguments = arguments_of(node)
+    x = lowering.real(node.args[0])
+    dims = range(x.rank - len(arguments["normalized_shape"]), x.rank)
+    value = _normalized(lowering, x, dims, arguments["eps"])
     for kind, key in (("MUL", "weight"), ("ADD", "bias")):
         if arguments[key] is not None:
             value = _binary(lowering, kind, value, lowering.real(arguments[key]))
@@ -423,7 +299,7 @@ def _layer_norm(lowering: Lowering, node: fx.Node, out: Out) -> Value:
 
 @lowers("aten.batch_norm.default", into=(FLOATS,))
 def _batch_norm(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     x = lowering.real(node.args[0])
     mean_of, variance = (
         lowering.real(arguments[f"running_{key}"]).array for key in ("mean", "var")
@@ -448,13 +324,13 @@ def _batch_norm(lowering: Lowering, node: fx.Node, out: Out) -> Value:
 
 @lowers("aten.scaled_dot_product_attention.default", into=(FLOATS,))
 def _attention(lowering: Lowering, node: fx.Node, out: Out) -> Value:
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     if arguments["enable_gqa"]:
         raise lowering.unsupported(node, "grouped queries have no TFLite operator")
     q, k, v = (lowering.real(argument) for argument in node.args[:3])
     scale = arguments["scale"] or 1 / math.sqrt(q.shape[-1])
     q = _binary(lowering, "MUL", q, _scalar(scale))
-    keys = _permuted(lowering.plain(k), (*range(k.rank - 2), k.rank - 1, k.rank - 2))
+    keys = permuted(lowering.plain(k), (*range(k.rank - 2), k.rank - 1, k.rank - 2))
     scores = _product(lowering, q, keys, (*q.shape[:-1], k.shape[-2]))
     mask = arguments["attn_mask"]
     if arguments["is_causal"]:

@@ -110,10 +110,14 @@ class Analysis:
             if node.args[0] not in self.constants or sources[0].target is QUANTIZE:
                 self.codes.add(node)
             return
-        if sources and all(source in self.constants for source in sources):
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
+        if self._is_size(node):
+            return
+        if all(source in self.constants or self._is_size(source) for source in sources):
             if not self._has_free_size(node):
-                self.constants[node] = node.target(*arguments[0], **arguments[1])  # type: ignore
+                known = [self.constants.get(s, self.number(s)) for s in sources]
+                values = dict(zip(sources, known))
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         elif str(node.target) in MOVERS and sources and sources[0] in self.codes:
             self.codes.add(node)
 
@@ -123,7 +127,7 @@ class Analysis:
         for node in reversed(nodes):
             if node not in needed or node.op != "call_function" or node in self.constants:
                 continue
-            if isinstance(node.meta["val"], int | torch.SymInt):
+            if self._is_size(node):
                 needed.remove(node)  # a size, see ``number``
                 continue
             if node.target is QUANTIZE:
@@ -195,6 +199,9 @@ class Analysis:
             and node.args[0] in self.constants
             and node not in self.codes
         )
+
+    def _is_size(self, node: fx.Node) -> bool:
+        return isinstance(node.meta.get("val"), int | torch.SymInt)
 
     def _has_free_size(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
