@@ -101,6 +101,31 @@ def test_linear_layers_of_tokens_are_fused_with_their_bias(tmp_path):
     assert qt.export.load("onnx", report.path)(torch.cat([x, x])).shape == (8, 5, 4)
 
 
+def test_softmax_of_attention_is_exact(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+            self.out = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(2, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            weights = torch.softmax(q @ k.transpose(-2, -1), -1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    x = 3 * torch.randn(4, 9, 16)
+    quantized = converted(Attention().eval(), x)
+    assert any(isinstance(module, qt.nn.Softmax) for module in quantized.modules())
+    report = qt.export.onnx(quantized, tmp_path / "m.onnx", (x,))
+    kinds = optimized(report.path)
+    assert (kinds["QLinearMatMul"], kinds["QGemm"], kinds["Softmax"]) == (2, 4, 1)
+    assert report.layers.max_steps <= 1
+    assert report.layers.differing < 0.001
+    assert report.outputs[0].sqnr > 40
+    assert "ONNX Runtime has no integer kernel for Softmax" in report.warnings
+
+
 def test_a_batch_norm_of_its_own_is_a_convolution_on_codes(tmp_path):
     class Norm(nn.Module):
         def __init__(self) -> None:

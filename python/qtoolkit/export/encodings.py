@@ -98,7 +98,7 @@ class EncodingsLowering(Lowering):
     """
 
     def __init__(self, model: Any, weight_bits: dict[str, int]) -> None:
-        super().__init__(model, clips="float", gemm=False)
+        super().__init__(model, clips="float", onnxruntime=False)
         self.activations: dict[Any, Encoding] = {}
         self.parameters: dict[Any, Encoding] = {}
         self.weight_bits = weight_bits

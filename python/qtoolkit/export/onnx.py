@@ -38,7 +38,6 @@ _INTEGER = frozenset(
         "GlobalAveragePool",
         "Sigmoid",
         "LeakyRelu",
-        "Softmax",
         "Reshape",
         "Flatten",
         "Transpose",
@@ -67,6 +66,8 @@ def float_operators(model: Any) -> list[str]:
         if node.op_type in _INTEGER or moves or node.domain:
             continue
         sources = [value.producer() for value in node.inputs if value is not None]
+        # A softmax reads a Clip, see ``Lowering``.
+        sources += [s.inputs[0].producer() for s in sources if s and s.op_type == "Clip"]
         reads = any(source and source.op_type == "DequantizeLinear" for source in sources)
         users = [user for value in node.outputs for user in value.consumers()]
         if reads and users and all(user.op_type == "QuantizeLinear" for user in users):

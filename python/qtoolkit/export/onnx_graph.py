@@ -29,8 +29,9 @@ class Lowering:
         clips: where a value is clipped to fewer codes than its storage has, "codes" (after
             QuantizeLinear) or "float" (before).
         int4: store weights in 4 bits whose codes fit.
-        gemm: compute linear layers of more than two dimensions on rows, by Gemm: ONNX Runtime adds
-            a bias to codes nowhere else.
+        onnxruntime: suit the fusions of ONNX Runtime. Linear layers of more than two dimensions
+            are Gemm on rows, as it adds a bias to codes nowhere else; softmax stays in float, as
+            on codes it is an approximation, and slower.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Lowering:
         biases: str = "int32",
         clips: str = "codes",
         int4: bool = False,
-        gemm: bool = True,
+        onnxruntime: bool = True,
     ) -> None:
         self.model = model
         self.graph = model.graph
-        self.biases, self.clips, self.int4, self.gemm = biases, clips, int4, gemm
+        self.biases, self.clips, self.int4 = biases, clips, int4
+        self.onnxruntime = onnxruntime
         #: Names that are taken, of values.
         self.names: set[str] = set()
         #: Initializers by what they hold, and by what they were made from.
@@ -66,10 +68,12 @@ class Lowering:
                 self._transposed_weight(node)
             elif node.op_type in ("Relu", "Clip") and self.clips == "codes":
                 self._clip_codes(node)
-        if self.gemm:
+        if self.onnxruntime:
             for node in list(self.graph):
                 if node.op_type == "Add":
                     self._linear(node)
+                elif node.op_type == "Softmax":
+                    self._float_softmax(node)
         common.RemoveUnusedNodesPass()(self.model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self.model)
         self._lower_all()
@@ -235,6 +239,11 @@ class Lowering:
             result = self._quantized_as(node, result, readers[0], self._unique(f"{name}.rows"))
         sizes = [size if isinstance(size, int) else -1 for size in shape]
         self._replace(node, self._reshaped(node, result, sizes))
+
+    def _float_softmax(self, node: Any) -> None:
+        """Puts a Clip without bounds, which changes nothing, before a softmax of codes: ONNX
+        Runtime fuses DequantizeLinear, Softmax and QuantizeLinear alone."""
+        node.replace_input_with(0, self._before(node, "Clip", [node.inputs[0]]))
 
     def _reshaped(self, node: Any, value: Any, sizes: list[int]) -> Any:
         return self._before(node, "Reshape", [value, self._constant(node, sizes)])

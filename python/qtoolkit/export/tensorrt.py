@@ -69,7 +69,7 @@ class TensorRtTarget(OnnxTarget):
         super().__init__(opset=opset, input_names=input_names, output_names=output_names)
 
     def lowering(self, model: Any) -> Lowering:
-        return Lowering(model, biases="float32", clips="float", gemm=False)
+        return Lowering(model, biases="float32", clips="float", onnxruntime=False)
 
     def check(self, job: Job) -> None:
         _symmetric(job.program)
