@@ -293,6 +293,7 @@ _EXPORTED = {
     "onnx": _exported("onnx", "onnx", "onnxruntime", megabytes=1024),
     "openvino": _exported("openvino", "openvino", megabytes=1024),
     "pt2": _exported("pt2", megabytes=1024),
+    "tflite": _exported("tflite", "ai_edge_litert.interpreter", megabytes=1024),
     "torchscript": _exported("torchscript", megabytes=1024),
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qtoolkit as qt
 from qtoolkit.saving import InvalidFileError
 
-TARGETS = ["onnx", "openvino", "pt2", "torchscript"]
+TARGETS = ["onnx", "openvino", "pt2", "tflite", "torchscript"]
 
 
 @pytest.fixture(scope="module")

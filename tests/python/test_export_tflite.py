@@ -372,3 +372,42 @@ def test_tokens_and_attention(tmp_path):
     run, y = qt.export.load("tflite", report.path), torch.randn(5, 6, 16)
     torch.testing.assert_close(run(x), converted(model, x)(x), atol=0.05, rtol=0)
     assert run(y).shape == (5, 6, 16)
+
+
+@pytest.mark.parametrize("preset", ["tflite", "x86"])
+def test_inputs_and_outputs_can_be_codes(x, tmp_path, preset):
+    torch.manual_seed(0)
+    model = converted(Net(), x, preset)
+    report = qt.export.tflite(model, tmp_path / "m.tflite", (x,), integer_io=True)
+    kinds = File(report.path).kinds()
+    assert not {"QUANTIZE", "DEQUANTIZE"} & set(kinds)
+    interpreter = litert.Interpreter(str(report.path))
+    for (details,) in (interpreter.get_input_details(), interpreter.get_output_details()):
+        assert details["dtype"] is np.int8
+    (signature,) = interpreter.get_signature_list().values()
+    assert (signature["inputs"], signature["outputs"]) == (["x"], ["output"])
+    assert report.layers.differing < 0.001
+    assert report.outputs[0].max_steps < 3
+    run = qt.export.load("tflite", report.path)
+    torch.testing.assert_close(run(x), model(x), atol=0.02, rtol=0)
+
+
+def test_codes_that_are_two_outputs_and_an_input_are_copied(x, tmp_path):
+    torch.manual_seed(0)
+    layer = conv(3)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = functional.relu(self.layer(x))
+            return y, x, y
+
+    model = converted(Twice(), x)
+    for integer in (False, True):
+        path = tmp_path / f"{integer}.tflite"
+        report = qt.export.tflite(model, path, (x,), integer_io=integer)
+        assert min(output.sqnr for output in report.outputs) > 30
+        assert len({d["index"] for d in litert.Interpreter(str(path)).get_output_details()}) == 3

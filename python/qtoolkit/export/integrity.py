@@ -18,6 +18,7 @@ from qtoolkit.saving import InvalidFileError
 
 _BLOCK = 1 << 20
 _DIGITS = 64
+_FLATBUFFER_KEY = b"qtoolkit.sha256:"
 
 
 class Integrity(Protocol):
@@ -112,3 +113,53 @@ def _xml_seal() -> Seal:
 
 ONNX_SEAL = _protobuf_seal()
 XML_SEAL = _xml_seal()
+
+
+class FlatbufferSeal:
+    """SHA-256 behind the first eight bytes of a flatbuffer, over these and all that follows it.
+
+    Only those eight, the offset of the root table and an identifier, have a fixed place.
+    """
+
+    def __init__(self, identifier: bytes) -> None:
+        self.identifier = identifier
+
+    @staticmethod
+    def _digest(head: bytes, path: Path, start: int) -> bytes:
+        digest = hashlib.sha256(head)
+        with path.open("rb") as file:
+            file.seek(start)
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest().encode()
+
+    def seal(self, path: Path) -> None:
+        """Writes the file again with its digest inside."""
+        data = path.read_bytes()
+        # 80 bytes keep the alignment of all that is behind them.
+        root = int.from_bytes(data[:4], "little") + len(_FLATBUFFER_KEY) + _DIGITS
+        head = root.to_bytes(4, "little") + data[4:8]
+        path.write_bytes(head + _FLATBUFFER_KEY + self._digest(head, path, 8) + data[8:])
+
+    def check(self, path: Path) -> None:
+        """Raises InvalidFileError if the file is no such flatbuffer, or its seal is another's."""
+        size = 8 + len(_FLATBUFFER_KEY) + _DIGITS
+        with path.open("rb") as file:
+            head = file.read(size)
+        if (
+            head[4:8] != self.identifier
+            or int.from_bytes(head[:4], "little") >= path.stat().st_size
+        ):
+            raise InvalidFileError(
+                f"{path} is damaged, or no such file: it has no {self.identifier.decode()} header"
+            )
+        if not head[8:].startswith(_FLATBUFFER_KEY):
+            return
+        if head[8 + len(_FLATBUFFER_KEY) :] != self._digest(head[:8], path, size):
+            raise InvalidFileError(
+                f"{path} is damaged: it is not what was exported (its SHA-256 differs). Copy or "
+                "export it again"
+            )
+
+
+TFLITE_SEAL = FlatbufferSeal(b"TFL3")

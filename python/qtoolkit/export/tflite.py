@@ -21,13 +21,14 @@ from qtoolkit.export import (  # noqa: F401  they register
     tflite_windows,
 )
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.integrity import TFLITE_SEAL
 from qtoolkit.export.program import QdqProgram
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.tflite_flatbuffer import FlatbufferModel
 from qtoolkit.export.tflite_graph import Lowering
-from qtoolkit.export.tflite_program import FLOATS, INTEGERS, MOVERS
-from qtoolkit.export.tflite_values import NHWC, FixedBatchError
+from qtoolkit.export.tflite_program import FLOATS, INTEGERS, MOVERS, quantize_outputs
+from qtoolkit.export.tflite_values import HIGHEST, LOWEST, NHWC, FixedBatchError
 from qtoolkit.export.verify import Runner
 
 #: Where the file says in which layout its inputs and outputs are.
@@ -90,7 +91,8 @@ class _LiteRt:
         self, inputs: list[Tensor], names: Sequence[str]
     ) -> tuple[list[Tensor], Mapping[str, Tensor]]:
         """See ``verify.Runner``. Codes come from a run in which no operators are fused."""
-        arrays = [self._stored(tensor) for tensor in inputs]
+        details = self._interpreter.get_input_details()
+        arrays = [self._stored(tensor, d) for tensor, d in zip(inputs, details)]
         shapes = [array.shape for array in arrays]
         if shapes != self._shapes:
             self._allocate(self._interpreter, shapes)
@@ -114,8 +116,12 @@ class _LiteRt:
                 found[name] = tensor
         return outputs, found
 
-    def _stored(self, tensor: Tensor) -> np.ndarray:
+    def _stored(self, tensor: Tensor, details: Mapping[str, Any]) -> np.ndarray:
         array = tensor.detach().cpu().numpy()
+        scale, zero_point = details["quantization"]
+        if scale and array.dtype == np.float32:
+            steps = np.rint(array * (np.float32(1) / np.float32(scale))) + zero_point
+            array = np.clip(steps, LOWEST, HIGHEST).astype(np.int8)
         array = array.transpose(NHWC) if self._nhwc and array.ndim == 4 else array
         return np.ascontiguousarray(array)
 
@@ -133,6 +139,9 @@ class _LiteRt:
         results = []
         for details in interpreter.get_output_details():
             array = interpreter.get_tensor(details["index"])
+            scale, zero_point = details["quantization"]
+            if scale:
+                array = (array.astype(np.float32) - zero_point) * np.float32(scale)
             if self._nhwc and array.ndim == 4:
                 array = array.transpose(_inverse(NHWC))
             results.append(torch.from_numpy(np.ascontiguousarray(array)))
@@ -160,12 +169,13 @@ class TfliteTarget(Target):
     packages = ("tflite", "flatbuffers")
     runtime = ("ai-edge-litert",)
     extra = "tflite"
+    integrity = TFLITE_SEAL
     preset = "tflite"
 
-    def __init__(self, *, layout: str = "nhwc") -> None:
+    def __init__(self, *, layout: str = "nhwc", integer_io: bool = False) -> None:
         if layout not in _LAYOUTS:
             raise ValueError(f"layout {layout!r}: use one of {', '.join(_LAYOUTS)}")
-        self.layout = layout
+        self.layout, self.integer_io = layout, integer_io
         self.model = FlatbufferModel()
         self.orders: dict[str, tuple[int, ...]] = {}
         self.unsigned: set[str] = set()
@@ -174,12 +184,11 @@ class TfliteTarget(Target):
 
     def check(self, job: Job) -> None:
         self.fixed_batch = job.program.fixed_batch
-        fixed = not job.dynamic_batch or self.fixed_batch is not None
-        try:
-            lowering = self._lower(job, fixed)
-        except FixedBatchError as error:
-            self.fixed_batch = str(error)
-            lowering = self._lower(job, True)
+        lowering = self._lower(job)
+        if self.integer_io:
+            quantize_outputs(lowering.program, job.expected)
+            job.program = lowering.program
+            lowering = self._lower(job)
         self.model, self.orders = lowering.model, lowering.orders
         self.unsigned, self.coarse = lowering.unsigned, lowering.coarse
         size = sum(t.data.nbytes for t in self.model.tensors if t.data is not None)
@@ -188,7 +197,8 @@ class TfliteTarget(Target):
         about = {"version": __version__, "pytorch": str(torch.__version__), "layout": self.layout}
         self.model.metadata[_METADATA] = json.dumps(about).encode()
 
-    def _lower(self, job: Job, fixed: bool) -> Lowering:
+    def _lower(self, job: Job) -> Lowering:
+        fixed = not job.dynamic_batch or self.fixed_batch is not None
         try:
             return self._lowered(job.program, fixed)
         except UnsupportedError:
@@ -198,8 +208,14 @@ class TfliteTarget(Target):
             return self._lowered(simpler, fixed)
 
     def _lowered(self, program: QdqProgram, fixed: bool) -> Lowering:
-        lowering = Lowering(program, nhwc=self.layout == "nhwc", fixed=fixed)
-        lowering.run()
+        options = {"nhwc": self.layout == "nhwc", "integer": self.integer_io}
+        lowering = Lowering(program, fixed=fixed, **options)
+        try:
+            lowering.run()
+        except FixedBatchError as error:
+            self.fixed_batch = str(error)
+            lowering = Lowering(program, fixed=True, **options)
+            lowering.run()
         return lowering
 
     def write(self, job: Job, path: Path) -> list[str]:
@@ -227,6 +243,7 @@ def tflite(
     verify: bool = True,
     dynamic_batch: bool = True,
     layout: str = "nhwc",
+    integer_io: bool = False,
     min_sqnr: float = 10.0,
 ) -> ExportReport:
     """Writes a converted model as a TFLite file that computes on int8 codes.
@@ -249,6 +266,9 @@ def tflite(
             says why.
         layout: of inputs and outputs of four dimensions: "nhwc", or "nchw" as in PyTorch, for which
             they are transposed in the file.
+        integer_io: make inputs and outputs int8 in place of float32, for devices without floats.
+            Layers whose result is read in float are then computed on codes as well, in the range
+            that the model's outputs have on the example inputs: give some that are typical.
         min_sqnr: see ``registry.run_export``.
 
     Raises:
@@ -261,7 +281,7 @@ def tflite(
         VerificationError: the file computes something else; nothing is left at ``path``.
     """
     return run_export(
-        TfliteTarget(layout=layout),
+        TfliteTarget(layout=layout, integer_io=integer_io),
         model,
         path,
         example_inputs,

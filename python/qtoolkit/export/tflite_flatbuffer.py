@@ -97,6 +97,7 @@ class FlatbufferModel:
     operators: list[_Operator] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    output_names: list[str] = field(default_factory=list)
     metadata: dict[str, bytes] = field(default_factory=dict)
     _stored: dict[Any, int] = field(default_factory=dict)
 
@@ -287,17 +288,18 @@ class _Writer:
     def _signature(self) -> int:
         """The inputs and outputs by name."""
 
-        def maps(indices: Sequence[int]) -> int:
+        def maps(indices: Sequence[int], names: Sequence[str]) -> int:
             found = []
-            for index in indices:
-                name = self.builder.CreateString(self.model.tensors[index].name)
-                found.append(self.table("TensorMap", Name=name, TensorIndex=index))
+            for index, name in zip(indices, names):
+                text = self.builder.CreateString(name)
+                found.append(self.table("TensorMap", Name=text, TensorIndex=index))
             return self.tables(found)
 
+        model = self.model
         return self.table(
             "SignatureDef",
-            Inputs=maps(self.model.inputs),
-            Outputs=maps(self.model.outputs),
+            Inputs=maps(model.inputs, [model.tensors[index].name for index in model.inputs]),
+            Outputs=maps(model.outputs, model.output_names),
             SignatureKey=self.builder.CreateString("serving_default"),
             SubgraphIndex=0,
         )

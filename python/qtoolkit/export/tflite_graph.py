@@ -35,11 +35,13 @@ class Lowering(Analysis, GraphWriter):
         coarse: the named codes that LiteRT's own kernels, without XNNPACK, round twice.
     """
 
-    def __init__(self, program: QdqProgram, *, nhwc: bool, fixed: bool) -> None:
+    def __init__(
+        self, program: QdqProgram, *, nhwc: bool, fixed: bool, integer: bool = False
+    ) -> None:
         Analysis.__init__(self, program, fixed=fixed)
         names = (*program.names(), *program.input_names, *program.output_names)
         GraphWriter.__init__(self, names)
-        self.nhwc = nhwc
+        self.nhwc, self.integer = nhwc, integer
         self.orders: dict[str, tuple[int, ...]] = {}
         self.coarse: set[str] = set()
         self._values: dict[fx.Node, Value | Weight] = {}
@@ -70,29 +72,36 @@ class Lowering(Analysis, GraphWriter):
         shape = self.shape(node)
         order = NHWC if self.nhwc and len(shape) == 4 else tuple(range(len(shape)))
         stored = [shape[dim] for dim in order]
-        index = self.model.tensor(name, stored, kinds[value.dtype])
+        readers = [plan for plan in self.plans.values() if plan.source is node]
+        quantization = readers[0].out.quantization if self.integer and readers else None
+        kind = "int8" if quantization is not None else kinds[value.dtype]
+        index = self.model.tensor(name, stored, kind, quantization)
         self.model.tensors[index].free = tuple(
             axis for axis, size in enumerate(stored) if isinstance(size, FreeSize)
         )
         self.model.inputs.append(index)
-        self._values[node] = Value(shape, order, index)
+        self._values[node] = Value(shape, order, index, quantization)
 
     def _output(self, node: fx.Node, name: str) -> None:
-        value = self.real(node)
+        value = self.value(node)
+        value = value if self.integer else self.dequantized(value)
         order = NHWC if self.nhwc and value.rank == 4 else tuple(range(value.rank))
         value = self.stored_as(value, order)
-        index = self.tensor(value)
         taken = {*self.model.inputs, *self.model.outputs}
-        if value.array is not None or index in taken:
+        if value.array is not None or value.tensor in taken:
             shape = self.shape_constant(value.stored)
-            copy = self.model.tensor(name, value.stored, self.model.tensors[index].dtype)
-            self.model.operator("RESHAPE", [index, shape], [copy], None)
-            index = copy
-        self.model.tensors[index].name = name
-        self.model.tensors[index].free = tuple(
+            tensor = self.model.tensors[self.tensor(value)]
+            value = self.emit(
+                "RESHAPE", [value, shape], value, Out(value.quantization), dtype=tensor.dtype
+            )
+        tensor = self.model.tensors[value.tensor]
+        if value.quantization is None:
+            tensor.name = name
+        tensor.free = tuple(
             axis for axis, size in enumerate(value.stored) if isinstance(size, FreeSize)
         )
-        self.model.outputs.append(index)
+        self.model.outputs.append(value.tensor)
+        self.model.output_names.append(name)
 
     def operand(self, node: Any) -> Value | Weight:
         """The value of an argument."""
@@ -162,8 +171,11 @@ class Lowering(Analysis, GraphWriter):
         elif plan.kind == "table":
             result = self._table(node, plan)
         else:
-            x = self.real(plan.source)
-            result = self.emit("QUANTIZE", [x], x, out, "QuantizeOptions")
+            x = self.value(plan.source)
+            if x.quantization is None:
+                result = self.emit("QUANTIZE", [x], x, out, "QuantizeOptions")
+            else:  # an input that is codes in the file
+                result = self._requantize(x, out)
         if plan.kind == "operator":
             self._rename(result, out.name)
         if self.model.tensors[result.tensor].name == out.name:

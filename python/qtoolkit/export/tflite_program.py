@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qtoolkit.export.errors import UnsupportedError
-from qtoolkit.export.program import DEQUANTIZE, QUANTIZE, QdqProgram
+from qtoolkit.export.program import DEQUANTIZE, QUANTIZE, QdqProgram, free_name
 from qtoolkit.export.tflite_flatbuffer import Quantization
 from qtoolkit.export.tflite_values import FixedBatchError, FreeSize, Out, Value
 
@@ -241,3 +241,36 @@ class Analysis:
         return UnsupportedError(f"{node.target} in {self.place(node)}: {why}; nothing was written")
 
     # Values
+
+
+def quantize_outputs(program: QdqProgram, expected: Sequence[Tensor]) -> None:
+    """Makes codes of a program's float outputs, in place.
+
+    Args:
+        program: the program.
+        expected: the model's outputs, whose ranges are taken.
+    """
+    graph, taken = program.graph, set(program.names())
+    results = next(node for node in graph.nodes if node.op == "output")
+    for index, (node, value) in enumerate(zip(program.outputs, expected)):
+        if node.target is DEQUANTIZE or not value.is_floating_point() or not value.numel():
+            continue
+        low, high = min(float(value.min()), 0.0), max(float(value.max()), 0.0)
+        scale = torch.tensor((high - low) / 255 or 1.0)
+        zero_point = torch.round(-128 - low / scale).clamp(-128, 127).to(torch.int32)
+        parameters = []
+        for key, constant in (("scale", scale), ("zero_point", zero_point)):
+            with graph.inserting_before(next(iter(graph.nodes))):
+                parameter = graph.placeholder(f"output_{index}_{key}")
+            parameter.meta["val"] = constant
+            program.constants[parameter.name] = constant
+            parameters.append(parameter)
+        name = free_name(program.module_of(node) or "result", taken)
+        with graph.inserting_after(node):
+            codes = graph.call_function(QUANTIZE, (node, *parameters, -128, 127, name))
+        with graph.inserting_after(codes):
+            real = graph.call_function(DEQUANTIZE, (codes, *parameters, None))
+        for new in (codes, real):
+            new.meta.update(node.meta)
+        results.replace_input_with(node, real)
+        program.outputs[index] = real
