@@ -12,6 +12,7 @@ from qtoolkit import _library  # isort: skip  (loads the operators, which the re
 from qtoolkit import algorithms, export, nn, observers, ops, registry, weight_only
 from qtoolkit._library import cmake_prefix_path
 from qtoolkit._version import __version__
+from qtoolkit.autoquantize import AutoQuantization, QuantizationStep, autoquantize
 from qtoolkit.compare import Comparison, LayerComparison, compare
 from qtoolkit.compile import compile
 from qtoolkit.distributed import synchronize
@@ -45,6 +46,7 @@ from qtoolkit.weight_only import quantize_weights
 from qtoolkit.workflow import calibrate, convert, prepare, prepare_qat
 
 __all__ = [
+    "AutoQuantization",
     "Comparison",
     "FakeQuantize",
     "InvalidFileError",
@@ -55,12 +57,14 @@ __all__ = [
     "QATSchedule",
     "QConfig",
     "QConfigMapping",
+    "QuantizationStep",
     "Recipe",
     "Sensitivity",
     "TensorSpec",
     "__version__",
     "_library",
     "algorithms",
+    "autoquantize",
     "calibrate",
     "cmake_prefix_path",
     "compare",

@@ -91,7 +91,7 @@ def mixed_precision(
     target: str = "x86",
     example_inputs: Any = None,
     max_batches: int | None = 8,
-    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> MixedPrecision:
     """The format of each layer with a weight under which the sum of the layers' errors is least and
@@ -114,7 +114,7 @@ def mixed_precision(
         target: the runtime, see ``get_default_qconfig_mapping``.
         example_inputs: what ``model.forward`` takes, as a tuple; the first batch's inputs if None.
         max_batches: use so many batches at most.
-        checkpoint: a file for ``sensitivity``, from which an interrupted run goes on.
+        resume: a file for ``sensitivity``, from which an interrupted run goes on.
         progress: show progress bars.
 
     Raises:
@@ -138,7 +138,7 @@ def mixed_precision(
             target=target,
             example_inputs=inputs,
             max_batches=None,
-            checkpoint=checkpoint,
+            resume=resume,
             progress=progress,
         )
     default = get_default_qconfig_mapping(target)

@@ -225,7 +225,7 @@ def sensitivity(
     target: str = "x86",
     example_inputs: Any = None,
     max_batches: int | None = 8,
-    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Sensitivity:
     """How much each layer alone costs when it is quantized, its weight and what it reads.
@@ -249,14 +249,14 @@ def sensitivity(
         example_inputs: what ``model.forward`` takes, as a tuple; if None, the first input of the
             first batch, or all that its dict names.
         max_batches: use so many batches at most; they are kept in memory.
-        checkpoint: a file that keeps what was done when the run is interrupted; the same call then
-            goes on from there. Each rank has its own (``.rank1``).
+        resume: a file that keeps what was done when the run is interrupted; the same call then goes
+            on from there. Each rank has its own (``.rank1``).
         progress: show progress bars.
 
     Raises:
         ValueError: no data; a batch holds NaN or infinite values; the model gives NaN; an unknown
-            format, metric or target; the model has no layer to quantize; or the checkpoint is
-            of another run.
+            format, metric or target; the model has no layer to quantize; or the file is of
+            another run.
         TypeError: a batch of another kind.
         RuntimeError: it failed on another rank.
     """
@@ -270,8 +270,8 @@ def sensitivity(
             loader, model, "sensitivity", example_inputs, max_batches, progress=progress
         )
         plain = {key: None if q is None else q.to_dict() for key, q in qconfigs.items()}
-        identity = "" if checkpoint is None else fingerprint(model, plain, name, *batches)
-        kept = Checkpoint(_own(checkpoint), identity)
+        identity = "" if resume is None else fingerprint(model, plain, name, *batches)
+        kept = Checkpoint(_own(resume), identity)
     layers: list[SimulatedLayer] = []
     sums: dict[_Key, _Sum] = {}
     for spec, group in _by_activation(qconfigs, target).items():

@@ -64,7 +64,7 @@ PYTHON_LAYERS = [
         "weight_only",
     },
     {"sensitivity", "layer_costs"},
-    {"mixed_precision"},
+    {"mixed_precision", "autoquantize"},
     {"quantization"},
     {""},  # the package itself
     {"__main__"},

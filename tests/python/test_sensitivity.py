@@ -194,29 +194,29 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path):
     file = tmp_path / "sensitivity.json"
     expected = run(model, data, ("int8",), Interrupted(-1))
     with pytest.raises(KeyboardInterrupt):
-        run(model, data, ("int8",), Interrupted(8), checkpoint=file)
+        run(model, data, ("int8",), Interrupted(8), resume=file)
     rest = Interrupted(3 * 6 - 8)
-    assert run(model, data, ("int8",), rest, checkpoint=file) == expected
+    assert run(model, data, ("int8",), rest, resume=file) == expected
     assert rest.calls == 0
     # All is done: nothing is left to measure.
-    assert run(model, data, ("int8",), Interrupted(0), checkpoint=file) == expected
+    assert run(model, data, ("int8",), Interrupted(0), resume=file) == expected
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path):
     model, data = small()
     file = tmp_path / "sensitivity.json"
-    run(model, data, checkpoint=file)
+    run(model, data, resume=file)
     with pytest.raises(ValueError, match=r"sensitivity\.json is of another run"):
-        run(model, data[:2], checkpoint=file)
+        run(model, data[:2], resume=file)
     file.write_text(json.dumps(json.loads(file.read_text()))[:-9])
     with pytest.raises(ValueError, match=r"sensitivity\.json is no checkpoint"):
-        run(model, data, checkpoint=file)
+        run(model, data, resume=file)
 
 
 def _on_share(rank: int, folder: str) -> qt.Sensitivity:
     model, data = small()
     share = data[rank::2]  # two batches and one
-    return run(model, share, minmax(), "kl", checkpoint=f"{folder}/s.json")
+    return run(model, share, minmax(), "kl", resume=f"{folder}/s.json")
 
 
 def minmax() -> dict[str, qt.QConfig]:

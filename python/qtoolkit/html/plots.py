@@ -16,7 +16,7 @@ def _step(extent: float, count: int = 5) -> float:
     return next(step * m for m in (1, 2, 5, 10) if extent / (step * m) <= count)
 
 
-def _frame(values: Sequence[float], unit: str, parts: list[str]) -> tuple[float, float]:
+def _frame(values: Sequence[float], unit: str, parts: list[str], order: str) -> tuple[float, float]:
     """Adds axes to ``parts``; returns the range of the vertical one."""
     low, high = min([0.0, *values]), max([0.0, *values])
     if low == high:
@@ -30,7 +30,7 @@ def _frame(values: Sequence[float], unit: str, parts: list[str]) -> tuple[float,
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>')
     parts.append(f'<text x="4" y="12">{escape(unit)}</text>')
     place = f'x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end"'
-    parts.append(f"<text {place}>layers, from input to output</text>")
+    parts.append(f"<text {place}>{escape(order)}</text>")
     return low, high
 
 
@@ -61,7 +61,7 @@ def points(names: Sequence[str], values: Sequence[float], unit: str, label: str)
     """
     parts: list[str] = []
     finite = [value for value in values if math.isfinite(value)]
-    low, high = _frame(finite, unit, parts)
+    low, high = _frame(finite, unit, parts, "layers, from input to output")
     step = _columns(len(values))
     dots: list[str] = []
     path: list[str] = []
@@ -76,10 +76,16 @@ def points(names: Sequence[str], values: Sequence[float], unit: str, label: str)
     return _svg([*parts, f'<path class="path" d="{"".join(path)}"/>', *dots], label)
 
 
-def bars(names: Sequence[str], values: Sequence[float], unit: str, label: str) -> str:
-    """A bar for each value, in the order of the network; arguments as for ``points``."""
+def bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    unit: str,
+    label: str,
+    order: str = "layers, from input to output",
+) -> str:
+    """A bar for each value; arguments as for ``points``, and what their order is."""
     parts: list[str] = []
-    low, high = _frame([v for v in values if math.isfinite(v)], unit, parts)
+    low, high = _frame([v for v in values if math.isfinite(v)], unit, parts, order)
     step = _columns(len(values))
     for i, (name, value) in enumerate(zip(names, values)):
         if math.isfinite(value):
