@@ -60,7 +60,7 @@ class Layer:
         """The observer of its output, after what is fused; None where that is read in float."""
         for user in self.match.output.users:
             called = called_module(user, self.graph)
-            if is_observer(called):
+            if user.args[:1] == (self.match.output,) and is_observer(called):
                 return called
         return None
 

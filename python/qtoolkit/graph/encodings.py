@@ -40,7 +40,8 @@ class _Mark(nn.Module):
         self.limits = qparams.quant_min, qparams.quant_max
         self.name = name
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``residual`` is what an observer is shown too, see ``Observer.forward``."""
         codes = ops.qdq_quantize(x, self.scale, self.zero_point, *self.limits, self.name)
         return ops.qdq_dequantize(codes, self.scale, self.zero_point)
 

@@ -98,8 +98,8 @@ class _Lowering:
 
     def _observer_after(self, node: fx.Node) -> fx.Node | None:
         """The call of an observer of a value, None without."""
-        for user in node.users:
-            if is_observer(called_module(user, self.module)):
+        for user in node.users:  # an observer before an addition is shown the residual, too
+            if user.args[:1] == (node,) and is_observer(called_module(user, self.module)):
                 return user
         return None
 
