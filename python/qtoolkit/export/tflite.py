@@ -172,10 +172,10 @@ class TfliteTarget(Target):
     integrity = TFLITE_SEAL
     preset = "tflite"
 
-    def __init__(self, *, layout: str = "nhwc", integer_io: bool = False) -> None:
+    def __init__(self, *, layout: str = "nhwc", integer: bool = False) -> None:
         if layout not in _LAYOUTS:
             raise ValueError(f"layout {layout!r}: use one of {', '.join(_LAYOUTS)}")
-        self.layout, self.integer_io = layout, integer_io
+        self.layout, self.integer = layout, integer
         self.model = FlatbufferModel()
         self.orders: dict[str, tuple[int, ...]] = {}
         self.unsigned: set[str] = set()
@@ -185,7 +185,7 @@ class TfliteTarget(Target):
     def check(self, job: Job) -> None:
         self.fixed_batch = job.program.fixed_batch
         lowering = self._lower(job)
-        if self.integer_io:
+        if self.integer:
             quantize_outputs(lowering.program, job.expected)
             job.program = lowering.program
             lowering = self._lower(job)
@@ -208,7 +208,7 @@ class TfliteTarget(Target):
             return self._lowered(simpler, fixed)
 
     def _lowered(self, program: QdqProgram, fixed: bool) -> Lowering:
-        options = {"nhwc": self.layout == "nhwc", "integer": self.integer_io}
+        options = {"nhwc": self.layout == "nhwc", "integer": self.integer}
         lowering = Lowering(program, fixed=fixed, **options)
         try:
             lowering.run()
@@ -243,7 +243,7 @@ def tflite(
     verify: bool = True,
     dynamic_batch: bool = True,
     layout: str = "nhwc",
-    integer_io: bool = False,
+    integer: bool = False,
     min_sqnr: float = 10.0,
 ) -> ExportReport:
     """Writes a converted model as a TFLite file that computes on int8 codes.
@@ -266,9 +266,10 @@ def tflite(
             says why.
         layout: of inputs and outputs of four dimensions: "nhwc", or "nchw" as in PyTorch, for which
             they are transposed in the file.
-        integer_io: make inputs and outputs int8 in place of float32, for devices without floats.
-            Layers whose result is read in float are then computed on codes as well, in the range
-            that the model's outputs have on the example inputs: give some that are typical.
+        integer: keep to integers, for devices without floats. Inputs and outputs are int8; layers
+            whose result is read in float are computed on codes too, in the range that the model's
+            outputs have on the example inputs, so give typical ones; functions such as SiLU are
+            tables of codes. What has no integer form stays in float.
         min_sqnr: see ``registry.run_export``.
 
     Raises:
@@ -281,7 +282,7 @@ def tflite(
         VerificationError: the file computes something else; nothing is left at ``path``.
     """
     return run_export(
-        TfliteTarget(layout=layout, integer_io=integer_io),
+        TfliteTarget(layout=layout, integer=integer),
         model,
         path,
         example_inputs,

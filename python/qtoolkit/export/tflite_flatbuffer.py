@@ -26,12 +26,13 @@ _VERSIONS = {
     "DEQUANTIZE": 2,
     "FULLY_CONNECTED": 5,
     "GATHER": 2,
+    "GELU": 2,
     "MAXIMUM": 2,
     "MAX_POOL_2D": 2,
     "MEAN": 2,
     "MINIMUM": 2,
     "MIRROR_PAD": 2,
-    "MUL": 2,
+    "MUL": 3,
     "PAD": 2,
     "PADV2": 2,
     "RESIZE_BILINEAR": 3,
@@ -136,6 +137,22 @@ class FlatbufferModel:
         """Adds an operator; an option that is a list is a vector of integers."""
         self.operators.append(_Operator(kind, list(inputs), list(outputs), options, table))
 
+    def version(self, op: _Operator) -> int:
+        """The version of an operator that old runtimes refuse which would misread it."""
+        inputs = [self.tensors[index] for index in op.inputs]
+        scales = [len(t.quantization.scale) if t.quantization else 0 for t in inputs]
+        if op.kind == "FULLY_CONNECTED" and scales[1] > 1:
+            return 12
+        if op.kind == "DEQUANTIZE" and scales[0] > 1:
+            return 5
+        if op.kind == "CONV_2D" and inputs[0].shape[3] != inputs[1].shape[3]:
+            return 6
+        if op.kind == "TRANSPOSE_CONV" and op.options["FusedActivationFunction"]:
+            return 4
+        if op.kind == "TRANSPOSE" and len(inputs[0].shape) > 4:
+            return 4 if len(inputs[0].shape) == 5 else 6
+        return _VERSIONS.get(op.kind, 1)
+
     def clean(self) -> None:
         """Drops tensors that nothing uses, and gives each tensor that is left a name of its own."""
         used = {index for op in self.operators for index in (*op.inputs, *op.outputs)}
@@ -205,7 +222,7 @@ class _Writer:
             buffers.append(self.table("Buffer", Data=self.bytes(content)))
             text = self.builder.CreateString(name)
             metadata.append(self.table("Metadata", Name=text, Buffer=len(buffers) - 1))
-        codes: dict[str, int] = {}
+        codes: dict[tuple[str, int], int] = {}
         operators = [self._operator(op, codes) for op in model.operators]
         graph = self.table(
             "SubGraph",
@@ -216,14 +233,14 @@ class _Writer:
             Operators=self.tables(operators),
         )
         op_codes = []
-        for kind in codes:
+        for kind, version in codes:
             number = getattr(schema.BuiltinOperator, kind)
             op_codes.append(
                 self.table(
                     "OperatorCode",
                     DeprecatedBuiltinCode=min(number, 127),
                     BuiltinCode=number,
-                    Version=_VERSIONS.get(kind, 1),
+                    Version=version,
                 )
             )
         root = self.table(
@@ -266,8 +283,8 @@ class _Writer:
             HasRank=True,
         )
 
-    def _operator(self, op: _Operator, codes: dict[str, int]) -> int:
-        code = codes.setdefault(op.kind, len(codes))
+    def _operator(self, op: _Operator, codes: dict[tuple[str, int], int]) -> int:
+        code = codes.setdefault((op.kind, self.model.version(op)), len(codes))
         options = kind = None
         if op.table is not None:
             values = {

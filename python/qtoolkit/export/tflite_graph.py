@@ -38,10 +38,10 @@ class Lowering(Analysis, GraphWriter):
     def __init__(
         self, program: QdqProgram, *, nhwc: bool, fixed: bool, integer: bool = False
     ) -> None:
-        Analysis.__init__(self, program, fixed=fixed)
+        Analysis.__init__(self, program, fixed=fixed, integer=integer)
         names = (*program.names(), *program.input_names, *program.output_names)
         GraphWriter.__init__(self, names)
-        self.nhwc, self.integer = nhwc, integer
+        self.nhwc = nhwc
         self.orders: dict[str, tuple[int, ...]] = {}
         self.coarse: set[str] = set()
         self._values: dict[fx.Node, Value | Weight] = {}

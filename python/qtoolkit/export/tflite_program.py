@@ -77,6 +77,7 @@ class Analysis:
     Attributes:
         program: the program.
         fixed: whether the batch is that of the example inputs.
+        integer: whether to keep to integers wherever that is possible.
         constants: nodes that are known.
         codes: nodes whose values are codes in the file, though they are float in the program.
         plans: of needed quantize nodes.
@@ -84,8 +85,8 @@ class Analysis:
         unsigned: names of codes that are uint8 in PyTorch.
     """
 
-    def __init__(self, program: QdqProgram, *, fixed: bool) -> None:
-        self.program, self.fixed = program, fixed
+    def __init__(self, program: QdqProgram, *, fixed: bool, integer: bool) -> None:
+        self.program, self.fixed, self.integer = program, fixed, integer
         self.batch = next((int(x.shape[0]) for x in program.example_inputs if x.dim()), 1)
         self.constants: dict[fx.Node, Tensor] = {}
         self.codes: set[fx.Node] = set()
@@ -171,12 +172,17 @@ class Analysis:
             condition = CONDITIONS.get(target)
             if condition is None or condition(self, source):
                 return Plan("operator", source, out)
-        root = self._only_source(x)
-        return Plan("float", x, full) if root is None else Plan("table", root, full)
+        root, known = self._only_source(x)
+        # A table is slower than XNNPACK's float kernels.
+        if root is None or (known and not self.integer):
+            return Plan("float", x, full)
+        return Plan("table", root, full)
 
-    def _only_source(self, node: fx.Node) -> fx.Node | None:
-        """The codes of which a node is a function of one value, if it is."""
+    def _only_source(self, node: fx.Node) -> tuple[fx.Node | None, bool]:
+        """The codes of which a node is a function of one value, if it is; and whether TFLite has
+        all operators of that function."""
         found: set[fx.Node] = set()
+        known = True
         waiting = [node]
         while waiting:
             current = waiting.pop()
@@ -184,12 +190,13 @@ class Analysis:
                 found.add(current)
             elif current in self.constants:
                 if self.constants[current].numel() != 1:
-                    return None
+                    return None, False
             elif not is_pointwise(current):
-                return None
+                return None, False
             else:
+                known = known and str(current.target) in FLOATS
                 waiting += current.all_input_nodes
-        return found.pop() if len(found) == 1 else None
+        return (found.pop() if len(found) == 1 else None), known
 
     def is_weight(self, node: Any) -> bool:
         """Whether an argument is a layer's weight or bias in codes."""
