@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,32 @@ from qtoolkit.graph.patterns.weighted import too_many_products
 from qtoolkit.graph.plain import is_plain, not_plain
 from qtoolkit.graph.report import FloatLayer, Report, get_report, set_report
 from qtoolkit.nn.base import QuantizedModule
+from qtoolkit.nn.embedding import Embedding, EmbeddingBag
 from qtoolkit.nn.linear import DynamicLinear
+from qtoolkit.nn.recurrent import (
+    DynamicGRU,
+    DynamicGRUCell,
+    DynamicLSTM,
+    DynamicLSTMCell,
+    DynamicRNN,
+    DynamicRNNCell,
+)
 from qtoolkit.qconfig import matches_name
+
+# What takes the place of each kind of layer.
+_KINDS: dict[type[nn.Module], Any] = {
+    nn.Linear: DynamicLinear,
+    nn.LSTM: DynamicLSTM,
+    nn.GRU: DynamicGRU,
+    nn.RNN: DynamicRNN,
+    nn.LSTMCell: DynamicLSTMCell,
+    nn.GRUCell: DynamicGRUCell,
+    nn.RNNCell: DynamicRNNCell,
+    nn.Embedding: Embedding,
+    nn.EmbeddingBag: EmbeddingBag,
+}
+DYNAMIC_LAYERS = tuple(_KINDS)
+"""The classes that ``quantize_dynamic`` can replace."""
 
 
 def quantize_dynamic(
@@ -27,7 +52,9 @@ def quantize_dynamic(
 ) -> nn.Module:
     """A copy of a float model whose linear layers have int8 weights and quantize each row of their
     input by its own range, as it comes. Needs no data and no tracing; for transformers and MLPs on
-    CPU. The rows are as in Yao et al., "ZeroQuant" (2022).
+    CPU. The rows are as in Yao et al., "ZeroQuant" (2022). With ``types`` the same for recurrent
+    layers and cells, whose states are quantized step by step, and tables of embeddings with 8-bit
+    rows.
 
     The copy is in evaluation mode and has no gradients. The float weights of its layers are not
     copied. Layers that share a weight still do. A layer stays in float where its class does not say
@@ -40,7 +67,8 @@ def quantize_dynamic(
         include: patterns of names, as in ``QConfigMapping.set_module_name``; only layers that match
             one, or lie in a module that does, are quantized. None: all.
         exclude: patterns of the layers that stay in float.
-        types: the classes to replace, ``nn.Linear`` or subclasses of it.
+        types: the classes to replace: ``nn.Linear``, ``nn.LSTM``, ``nn.GRU``, ``nn.RNN``, their
+            cells, ``nn.Embedding``, ``nn.EmbeddingBag``, or subclasses.
         fuse: let a layer compute the ReLU, GELU or SiLU that follows it in an ``nn.Sequential``;
             ``nn.Identity`` takes its place. Turn it off where code calls the parts of a Sequential
             one by one.
@@ -48,7 +76,7 @@ def quantize_dynamic(
 
     Raises:
         TypeError: ``model`` is not a module, or ``types`` holds something else than module classes.
-        ValueError: the model is quantized already; a type is no ``nn.Linear``; a pattern matches
+        ValueError: the model is quantized already; a type is none of those; a pattern matches
             no layer; no layer can be quantized; a weight holds NaN or infinity (names the layer).
         RuntimeError: the model cannot be copied.
     """
@@ -65,9 +93,8 @@ def quantize_dynamic(
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, classes)}
     report = Report(converted=True)
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, nn.Module] = {}
     for name, layer in layers.items():
-        assert isinstance(layer, nn.Linear)
         reason = _reason_for_float(name, layer, model, patterns)
         if reason is None:
             chosen[name] = layer
@@ -78,19 +105,19 @@ def quantize_dynamic(
             if not any(matches_name(pattern, name) for name in layers):
                 raise ValueError(
                     f"quantize_dynamic: {option} pattern {pattern!r} matches none of the "
-                    f"{len(layers)} linear layers"
+                    f"{len(layers)} {_names(classes)} layers"
                 )
     if not chosen:
         reasons = "; ".join(f"{f.name}: {f.reason}" for f in report.floats[:3]) or "it has none"
-        raise ValueError(f"quantize_dynamic: no linear layer can be quantized ({reasons})")
+        raise ValueError(
+            f"quantize_dynamic: no {_names(classes)} layer can be quantized ({reasons})"
+        )
 
     with torch.no_grad():
         replacements = _replacements(chosen)
     if inplace:
         result = model
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                parent._modules[name] = replacements.get(id(child), child)
+        _put(replacements, model)
     else:
         try:
             result = copy.deepcopy(model, dict(replacements))
@@ -109,6 +136,44 @@ def quantize_dynamic(
     return result.eval()
 
 
+def replace_layers(model: nn.Module, names: Iterable[str]) -> list[FloatLayer]:
+    """Replaces the layers of those names in a model, which may be converted already, in place.
+
+    Args:
+        model: any.
+        names: of layers of ``DYNAMIC_LAYERS``.
+
+    Returns:
+        Those that stay in float, with the reasons.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; names the layer.
+    """
+    chosen: dict[str, nn.Module] = {}
+    floats = []
+    for name in names:
+        layer = model.get_submodule(name)
+        reason = _reason_for_float(name, layer, model, {"include": None, "exclude": ()})
+        if reason is None:
+            chosen[name] = layer
+        else:
+            floats.append(FloatLayer(name, type(layer).__name__, reason))
+    with torch.no_grad():
+        _put(_replacements(chosen), model)
+    leave_fast_paths(model)
+    return floats
+
+
+def _put(replacements: dict[int, nn.Module], model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = replacements.get(id(child), child)
+
+
+def _names(classes: Iterable[type[nn.Module]]) -> str:
+    return " or ".join("linear" if cls is nn.Linear else cls.__name__ for cls in classes)
+
+
 def _patterns(option: str, given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if given is None:
         return None
@@ -125,15 +190,16 @@ def _classes(types: Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
     for cls in classes:
         if not isinstance(cls, type):
             raise TypeError(f"quantize_dynamic: types must hold classes, got {cls!r}")
-        if not issubclass(cls, nn.Linear):
+        if not issubclass(cls, DYNAMIC_LAYERS):
             raise ValueError(
-                f"quantize_dynamic: only nn.Linear has a dynamic kernel, not {cls.__name__}"
+                f"quantize_dynamic: only {_names(DYNAMIC_LAYERS)} can be quantized dynamically, "
+                f"not {cls.__name__}"
             )
     return classes
 
 
 def _reason_for_float(
-    name: str, layer: nn.Linear, model: nn.Module, patterns: dict[str, tuple[str, ...] | None]
+    name: str, layer: nn.Module, model: nn.Module, patterns: dict[str, tuple[str, ...] | None]
 ) -> str | None:
     """Why a layer stays in float, or None if it does not."""
     include, exclude = patterns["include"], patterns["exclude"]
@@ -141,19 +207,47 @@ def _reason_for_float(
         return "it is not included"
     if any(matches_name(pattern, name) for pattern in exclude or ()):
         return "it is excluded"
-    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         return "its weight has no shape yet"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        if layer.max_norm is not None:
+            return "max_norm changes its rows as they are read"
+        if isinstance(layer, nn.EmbeddingBag) and layer.padding_idx is not None:
+            return "padding_idx leaves rows out"
+        return not_plain(layer)
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight itself"
-    return not_plain(layer) or too_many_products(layer.weight)
+    if not isinstance(layer, nn.Linear):
+        # Weight dropout and the like take parameters away and compute the weight at each call.
+        if any(
+            not isinstance(layer._parameters.get(n), nn.Parameter) for n in _weight_names(layer)
+        ):
+            return "its weights are computed"
+        weights = [getattr(layer, n) for n in _weight_names(layer)]
+    else:
+        weights = [layer.weight]
+    reasons = (too_many_products(weight) for weight in weights)
+    return not_plain(layer) or next((reason for reason in reasons if reason), None)
 
 
-def _replacements(layers: dict[str, nn.Linear]) -> dict[int, nn.Module]:
+def _weight_names(layer: nn.Module) -> list[str]:
+    """The weights of a recurrent layer or cell."""
+    if isinstance(layer, nn.RNNBase):
+        return [name for name in layer._flat_weights_names if name.startswith("weight")]
+    return ["weight_ih", "weight_hh"]
+
+
+def _replacements(layers: dict[str, nn.Module]) -> dict[int, nn.Module]:
     """What takes the place of each layer, by the layer's id. Shared weights stay shared."""
     replacements: dict[int, nn.Module] = {}
     codes: dict[int, DynamicLinear] = {}
     for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            kind = next(kind for cls, kind in _KINDS.items() if isinstance(layer, cls))
+            new_layer = kind.from_float(layer, name=name or type(layer).__name__)
+            replacements[id(layer)] = new_layer.train(layer.training)
+            continue
         new = DynamicLinear.from_float(layer, name=name or type(layer).__name__)
         first = codes.setdefault(id(layer.weight), new)
         new.weight, new.weight_scale = first.weight, first.weight_scale

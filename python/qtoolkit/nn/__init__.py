@@ -4,6 +4,7 @@ from qtoolkit.nn import functional, qat
 from qtoolkit.nn.base import QParams, QuantizedModule
 from qtoolkit.nn.conv import Conv1d, Conv2d, ConvTranspose2d, DepthwiseConv2d
 from qtoolkit.nn.elementwise import Add, BatchNorm2d, Cat, Dequantize, Mul, Quantize, ReLU
+from qtoolkit.nn.embedding import Embedding, EmbeddingBag
 from qtoolkit.nn.linear import DynamicLinear, Linear
 from qtoolkit.nn.lookup import Lookup
 from qtoolkit.nn.matmul import Matmul
@@ -22,6 +23,14 @@ from qtoolkit.nn.pooling import (
     MaxPool2d,
     Mean,
     Sum,
+)
+from qtoolkit.nn.recurrent import (
+    DynamicGRU,
+    DynamicGRUCell,
+    DynamicLSTM,
+    DynamicLSTMCell,
+    DynamicRNN,
+    DynamicRNNCell,
 )
 from qtoolkit.nn.upsample import UpsampleBilinear2d
 from qtoolkit.nn.weight_only import (
@@ -44,7 +53,15 @@ __all__ = [
     "ConvTranspose2d",
     "DepthwiseConv2d",
     "Dequantize",
+    "DynamicGRU",
+    "DynamicGRUCell",
+    "DynamicLSTM",
+    "DynamicLSTMCell",
     "DynamicLinear",
+    "DynamicRNN",
+    "DynamicRNNCell",
+    "Embedding",
+    "EmbeddingBag",
     "Float32Layer",
     "GlobalAvgPool2d",
     "LayerNorm",

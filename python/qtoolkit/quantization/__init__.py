@@ -22,6 +22,7 @@ from qtoolkit.quantization import (
     quantize_fx,
     stubs,
 )
+from qtoolkit.quantization.dynamic import quantize_dynamic
 from qtoolkit.quantization.errors import UnsupportedError
 from qtoolkit.quantization.fake_quantize import (
     FakeQuantize,
@@ -248,6 +249,7 @@ __all__ = [
     "qconfig",
     "qconfig_mapping",
     "quantize",
+    "quantize_dynamic",
     "quantize_fx",
     "quantize_qat",
     "stubs",

@@ -18,6 +18,7 @@ from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.report import get_report, set_report
 from qtoolkit.nn.stubs import Stub
 from qtoolkit.qconfig import QConfigMapping
+from qtoolkit.quantization.dynamic import replace_dynamic
 from qtoolkit.workflow import convert, prepare, prepare_qat
 
 # What convert fuses or drops leaves this behind, as in torch.ao.
@@ -29,6 +30,9 @@ _VANISHING = (
     nn.Hardtanh,
     Stub,
 )
+
+
+_DYNAMIC = "qtoolkit_dynamic"
 
 
 class GraphForward:
@@ -67,14 +71,18 @@ class WaitingForward:
     Attributes:
         owner: the module.
         mapping: how it is quantized.
+        dynamic: names of the layers that will quantize their inputs as they come.
         qat: whether for training.
         pending: functions that ``apply`` called before there was anything to apply them to.
     """
 
-    def __init__(self, owner: nn.Module, mapping: QConfigMapping, *, qat: bool) -> None:
+    def __init__(
+        self, owner: nn.Module, mapping: QConfigMapping, dynamic: list[str], *, qat: bool
+    ) -> None:
         self.owner = owner
         self.mapping = mapping
         self.qat = qat
+        self.dynamic = dynamic
         self.pending: list[Callable[[nn.Module], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +111,7 @@ class WaitingForward:
         if self.qat:
             _keep_parameters(owner, captured)
         graft(owner, captured)
+        owner.__dict__[_DYNAMIC] = self.dynamic
         if self.qat and not isinstance(captured, fx.GraphModule):
             install_synchronizer(owner)
         owner.train(training if self.qat else False)
@@ -206,6 +215,7 @@ def convert_in_place(owner: nn.Module) -> None:
     """Converts a prepared module."""
     quantized = convert(captured_copy(owner))
     remove_synchronizer(owner)
+    replace_dynamic(quantized, owner.__dict__.pop(_DYNAMIC, []))
     graft(owner, quantized)
     owner.eval()
     for parameter in owner.parameters():

@@ -22,7 +22,7 @@ from qtoolkit.quantization.eager import (
 )
 from qtoolkit.quantization.errors import UnsupportedError
 from qtoolkit.quantization.stubs import replace_foreign_stubs
-from qtoolkit.quantization.translate import mapping_of_modules
+from qtoolkit.quantization.translate import dynamic_layers, mapping_of_modules
 
 
 def propagate_qconfig_(module: nn.Module, qconfig_dict: dict[str, Any] | None = None) -> None:
@@ -117,7 +117,8 @@ def _prepare(
             "by setting the .qconfig attribute of the model or of its modules",
             stacklevel=3,
         )
-    waiting = WaitingForward(model, mapping_of_modules(model), qat=qat)
+    mapping = mapping_of_modules(model)
+    waiting = WaitingForward(model, mapping, dynamic_layers(model, mapping), qat=qat)
     model.forward = waiting
     if example_inputs is not None:
         waiting.prepare(example_inputs)

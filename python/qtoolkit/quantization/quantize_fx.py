@@ -30,14 +30,16 @@ from qtoolkit.quantization.custom_config import (
     PrepareCustomConfig,
     as_config,
 )
+from qtoolkit.quantization.dynamic import replace_dynamic
 from qtoolkit.quantization.errors import UnsupportedError
 from qtoolkit.quantization.qconfig_mapping import QConfigMapping
 from qtoolkit.quantization.quantize import fill_uncalibrated
 from qtoolkit.quantization.stubs import replace_foreign_stubs
-from qtoolkit.quantization.translate import mapping_of, qconfig_of
+from qtoolkit.quantization.translate import dynamic_layers, mapping_of, qconfig_of
 
 # What is kept with a prepared model in its meta, which copies take along.
 _PRESERVED = "qtoolkit_preserved"
+_DYNAMIC = "qtoolkit_dynamic"
 
 
 def fuse_fx(
@@ -147,6 +149,7 @@ def _prepare(
     if isinstance(prepared, fx.GraphModule):
         _dequantize_inputs(prepared, config.input_quantized_indexes)
     _preserve(prepared, original, config.preserved_attributes)
+    prepared.__dict__.setdefault("meta", {})[_DYNAMIC] = dynamic_layers(model, mapping)
     return prepared
 
 
@@ -238,6 +241,7 @@ def convert_fx(
     prepared = copy.deepcopy(graph_module)
     fill_uncalibrated(prepared)
     result = workflow.convert(prepared)
+    replace_dynamic(result, getattr(graph_module, "meta", {}).get(_DYNAMIC, []))
     known = getattr(graph_module, "meta", {}).get(_PRESERVED, {})
     for name in config.preserved_attributes:
         setattr(result, name, known[name] if name in known else getattr(graph_module, name))

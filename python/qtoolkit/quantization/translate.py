@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from qtoolkit import fake_quantize, observers
+from qtoolkit.dynamic import DYNAMIC_LAYERS
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec
 from qtoolkit.quantization import observer as ob
 from qtoolkit.quantization.errors import UnsupportedError
@@ -48,6 +50,13 @@ def spec_of(factory: Any, where: str) -> TensorSpec | None:
 
 
 def _spec_of_instance(made: Any, where: str) -> TensorSpec | None:
+    for option, default in (("averaging_constant", 0.01), ("bins", 2048)):
+        if getattr(made, option, default) != default:
+            warnings.warn(
+                f"{where}: {option}={getattr(made, option)} has no effect inside a model, where it "
+                f"is {default}",
+                stacklevel=2,
+            )
     inner = getattr(made, "activation_post_process", None)
     if inner is not None:
         return _spec_of_instance(inner, where)
@@ -113,6 +122,25 @@ def _inherits(qconfig: Any) -> bool:
     made = qconfig.activation()
     names = {type(made).__name__, type(getattr(made, "activation_post_process", made)).__name__}
     return any("FixedQParams" in name or name == "ReuseInputObserver" for name in names)
+
+
+def dynamic_layers(model: nn.Module, mapping: QConfigMapping) -> list[str]:
+    """Names of the layers with quantized weights and, by their mapping, no quantized activations:
+    those that quantize activations as they come, and tables of embeddings."""
+    names = []
+    for name, module in model.named_modules():
+        qconfig = mapping.qconfig_for(name, type(module))
+        if qconfig is None or qconfig.activation is not None or qconfig.weight is None:
+            continue
+        fits = is_table(module) == (not qconfig.weight.symmetric)
+        if name and fits and isinstance(module, DYNAMIC_LAYERS):
+            names.append(name)
+    return names
+
+
+def is_table(module: nn.Module) -> bool:
+    """True for embeddings, whose weights alone torch.ao quantizes with a range for each row."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def mapping_of_modules(model: nn.Module) -> QConfigMapping:

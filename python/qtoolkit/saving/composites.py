@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional
 
+from qtoolkit.nn import recurrent
 from qtoolkit.saving.container import require
 
 _ACTIVATIONS = {"relu": functional.relu, "gelu": functional.gelu}
@@ -22,7 +23,7 @@ class Composite:
         kind: the class.
         options: types of its attributes.
         layers: names of the layers that it always has.
-        optional: of those that it may have.
+        optional: one that it may have, empty if there is none.
     """
 
     kind: type[nn.Module]
@@ -52,6 +53,37 @@ COMPOSITES = {
         ),
         "activation",
     ),
+    "qtoolkit.nn.RecurrentLayer": Composite(
+        recurrent.RecurrentLayer, {"mode": str}, frozenset({"input", "hidden"}), "projection"
+    ),
+    **{
+        f"qtoolkit.nn.{kind.__name__}": Composite(
+            kind,
+            {
+                "mode": str,
+                "input_size": int,
+                "hidden_size": int,
+                "num_layers": int,
+                "bias": bool,
+                "batch_first": bool,
+                "dropout": float,
+                "bidirectional": bool,
+                "proj_size": int,
+            },
+            frozenset({"layers"}),
+            "",
+        )
+        for kind in (recurrent.DynamicLSTM, recurrent.DynamicGRU, recurrent.DynamicRNN)
+    },
+    **{
+        f"qtoolkit.nn.{kind.__name__}": Composite(
+            kind,
+            {"mode": str, "input_size": int, "hidden_size": int, "bias": bool},
+            frozenset({"input", "hidden"}),
+            "",
+        )
+        for kind in (recurrent.DynamicLSTMCell, recurrent.DynamicGRUCell, recurrent.DynamicRNNCell)
+    },
 }
 COMPOSITE_NAMES = {composite.kind: name for name, composite in COMPOSITES.items()}
 
@@ -93,7 +125,7 @@ def make_composite(name: str, options: Any, layers: dict[str, nn.Module | None])
         require(type(options.get(key)) is kind, f"its {key} must be {kind.__name__}")
         setattr(module, key, options[key])
     known = set(composite.options)
-    if composite.optional not in names:
+    if composite.optional and composite.optional not in names:
         value = None
         if composite.optional == "activation":
             known.add("activation")
