@@ -15,7 +15,9 @@ def snippets(document: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/workflow.md", "docs/saving.md", "docs/migrating.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/workflow.md", "docs/saving.md", "docs/migrating.md"]
+)
 def test_snippets_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = snippets(ROOT / name)

@@ -209,6 +209,19 @@ def test_float_functional_is_at_least_as_near_as_torch_ao():
 
 
 @BOTH
+def test_calibration_in_inference_mode(tq):
+    torch.manual_seed(0)
+    model = tq.QuantWrapper(nn.Linear(8, 4)).eval()
+    model.qconfig = tq.default_qconfig
+    prepared = tq.prepare(model)
+    x = torch.randn(8, 8)
+    with torch.inference_mode():
+        prepared(X=x)
+    prepared(X=x)
+    assert sqnr(model(x), tq.convert(prepared)(X=x)) > 20
+
+
+@BOTH
 def test_quantize_in_one_call(tq):
     torch.manual_seed(0)
     model = tq.QuantWrapper(nn.Linear(8, 4)).eval()
@@ -235,6 +248,25 @@ def test_torchvision_quantizable_model(tq, name):
     tq.convert(model, inplace=True)
     assert sqnr(float_model(images(1)), model(images(1))) > 10
     assert quantized_layers(model) == {"resnet18": 21, "mobilenet_v2": 53}[name]
+
+
+def test_optimizer_trains_a_model_that_cannot_be_traced():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second(y) if float(y.detach().sum()) > 0 else self.second(-y)
+
+    model = Branching()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.qconfig = ours.get_default_qat_qconfig("x86")
+    ours.prepare_qat(model, inplace=True)
+    model(torch.randn(4, 8)).square().sum().backward()
+    assert all(p.grad is not None for p in optimizer.param_groups[0]["params"])
+    assert quantized_layers(ours.convert(model)) == 2
 
 
 def test_model_that_cannot_be_traced_is_quantized_in_parts():
@@ -284,6 +316,66 @@ def test_state_dict_loads_into_a_model_converted_without_data():
     assert torch.equal(again(images(9)), model(images(9)))
 
 
+@BOTH
+@pytest.mark.parametrize("training", [False, True])
+def test_state_dict_loads_into_a_model_that_was_never_called(tq, training):
+    """As PyTorch's documentation says how to load a quantized model."""
+    kwargs = {"is_qat": True} if training else {}
+    mode = "get_default_qat_qconfig" if training else "get_default_qconfig"
+    prepare = tq.prepare_qat if training else tq.prepare
+
+    def converted(calls):
+        model = mobile_net(tq).train(training)
+        model.fuse_model(tq, **kwargs)
+        model.qconfig = getattr(tq, mode)("x86")
+        prepare(model, inplace=True)
+        for seed in range(calls):
+            model(images(seed))
+        return tq.convert(model.eval(), inplace=True)
+
+    first, again = converted(2), converted(0)
+    again.load_state_dict(first.state_dict())
+    assert torch.equal(again(images(9)), first(images(9)))
+    assert quantized_layers(again) == 11
+
+
+def test_model_converted_without_data_warns():
+    model = mobile_net(ours)
+    model.qconfig = ours.get_default_qconfig("x86")
+    with pytest.warns(UserWarning, match="never called.*load a state dict now"):
+        converted = ours.convert(ours.prepare(model))
+    with pytest.warns(UserWarning, match=r"scale 1 and zero point 0"):
+        converted(images(0))
+    assert quantized_layers(converted) == 11
+
+
+@BOTH
+def test_lone_layer_and_affine_weights(tq):
+    # As in the documentation of QConfig.
+    qconfig = tq.QConfig(
+        activation=tq.MinMaxObserver.with_args(dtype=torch.quint8),
+        weight=tq.default_observer.with_args(dtype=torch.qint8, quant_min=-128, quant_max=127),
+    )
+    torch.manual_seed(0)
+    model = tq.QuantWrapper(nn.Linear(8, 4)).eval()
+    model.qconfig = qconfig
+    prepared = tq.prepare(model)
+    x = torch.randn(32, 8)
+    prepared(x)
+    converted = tq.convert(prepared)
+    assert quantized_layers(converted) == 1
+    assert sqnr(model(x), converted(x)) > 25
+    if tq is ours:
+        layer = nn.Linear(8, 4)
+        wanted = layer(x)
+        layer.qconfig = qconfig
+        ours.prepare(layer, inplace=True)
+        layer(x)
+        ours.convert(layer, inplace=True)
+        assert sqnr(wanted, layer(x)) > 25
+        assert not list(layer.parameters())
+
+
 def test_errors_say_what_to_do():
     model = mobile_net(ours)
     with pytest.warns(UserWarning, match="None of the submodule got qconfig"):
@@ -294,8 +386,6 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="needs the result of prepare"):
         ours.convert(model)
     prepared = ours.prepare(model)
-    with pytest.raises(RuntimeError, match=r"never called.*give prepare example_inputs"):
-        ours.convert(prepared)
     with pytest.raises(ValueError, match="prepared or converted already"):
         ours.prepare(prepared)
     with pytest.raises(ours.UnsupportedError, match="allow_list must be None; set"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from qtoolkit.quantization import (
+    backend_config,
     fake_quantize,
     observer,
     qconfig,
@@ -112,6 +113,8 @@ from qtoolkit.quantization.qconfig_mapping import (
 from qtoolkit.quantization.quantize import (
     convert,
     default_eval_fn,
+    get_observer_state_dict,
+    load_observer_state_dict,
     prepare,
     prepare_qat,
     propagate_qconfig_,
@@ -128,25 +131,51 @@ from qtoolkit.quantization.stubs import (
 )
 
 # What torch.ao.quantization has and this package has not: parts of names, and what to use.
+_PATTERNS = "layers are found by graph patterns, see CONTRIBUTING.md"
+_TENSOR_SPEC = 'use qtoolkit.TensorSpec(granularity="per_channel") and the like'
+_SCRIPT = "quantize the Python module, then call torch.jit.script on the result"
+_TABLES = "embeddings are quantized after training, by quantize_dynamic"
+_NO_TRAINING = "dynamic quantization needs no training; use quantize_dynamic"
 _ELSEWHERE = {
-    "module_mapping": "layers are found by patterns; see graph patterns in CONTRIBUTING.md",
-    "MODULE_MAPPING": "layers are found by patterns; see graph patterns in CONTRIBUTING.md",
-    "_jit": "quantize the Python module, then call torch.jit.script on the result",
+    "_mapping": _PATTERNS,
+    "_MAPPING": _PATTERNS,
+    "MODULE_TO_ACT": _PATTERNS,
+    "module_class": _PATTERNS,
+    "quantized_operator": _PATTERNS,
+    "propagation_list": _PATTERNS,
+    "custom_config_dict": "use PrepareCustomConfig, or a dict of its keys",
+    "_jit": _SCRIPT,
+    "script_qconfig": _SCRIPT,
     "4bit": "use qtoolkit.quantize_weights for weights of four bits",
     "fuser": "prepare fuses by graph patterns, see CONTRIBUTING.md; fuse_modules takes names",
     "fuse_conv": "use fuse_modules, or nothing: prepare folds batch norms",
-    "_embedding_qat": "embeddings are quantized after training, by quantize_dynamic",
-    "_embedding_fake_quant": "embeddings are quantized after training, by quantize_dynamic",
-    "sparse": "there are no sparse kernels",
+    "fuse_linear": "use fuse_modules, or nothing: prepare folds batch norms",
+    "_embedding_qat": _TABLES,
+    "_embedding_fake_quant": _TABLES,
+    "dynamic_qat": _NO_TRAINING,
+    "dynamic_fake_quant": _NO_TRAINING,
     "compare_output": "use qtoolkit.compare(model, quantized, loader)",
-    "script_qconfig": "quantize the Python module, then call torch.jit.script on the result",
     "swap_module": "set module.qconfig, or use QConfigMapping",
-    "Granularity": 'use qtoolkit.TensorSpec(granularity="per_channel") and the like',
+    "Granularity": _TENSOR_SPEC,
+    "PerAxis": _TENSOR_SPEC,
+    "PerBlock": _TENSOR_SPEC,
+    "PerGroup": _TENSOR_SPEC,
+    "PerRow": _TENSOR_SPEC,
+    "PerTensor": _TENSOR_SPEC,
+    "PerToken": _TENSOR_SPEC,
+    "MappingType": _TENSOR_SPEC,
+    "ZeroPointDomain": _TENSOR_SPEC,
+    "TorchAODType": _TENSOR_SPEC,
+    "get_block_size": _TENSOR_SPEC,
     "AffineQuantizedObserverBase": "use a class of qtoolkit.observers",
+    "ObserverOrFakeQuantize": "use ObserverBase and FakeQuantizeBase",
     "QConfigDynamic": "use QConfig, or quantize_dynamic",
-    "dynamic_qat": "dynamic quantization needs no training; use quantize_dynamic",
-    "dynamic_fake_quant": "dynamic quantization needs no training; use quantize_dynamic",
+    "QuantType": "prepare, prepare_qat and quantize_dynamic are what it tells apart",
+    "quant_type": "prepare, prepare_qat and quantize_dynamic are what it tells apart",
     "quint8_weight": "weights are int8; use get_default_qconfig",
+    "no_observer_set": "prepare places observers by graph patterns",
+    "qconfig_equals": "compare QConfigs with ==",
+    "utils": "qtoolkit has its functions at the top",
 }
 
 
@@ -182,6 +211,7 @@ __all__ = [
     "UniformQuantizationObserverBase",
     "UnsupportedError",
     "add_quant_dequant",
+    "backend_config",
     "convert",
     "default_activation_only_qconfig",
     "default_affine_fixed_qparams_fake_quant",
@@ -240,6 +270,8 @@ __all__ = [
     "get_default_qconfig",
     "get_default_qconfig_dict",
     "get_default_qconfig_mapping",
+    "get_observer_state_dict",
+    "load_observer_state_dict",
     "observer",
     "per_channel_dynamic_qconfig",
     "per_channel_weight_observer_range_neg_127_to_127",

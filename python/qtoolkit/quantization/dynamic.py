@@ -101,7 +101,7 @@ def _kind_of(qconfig: Any, key: Any) -> str | None:
     weight = spec_of(qconfig.weight, f"{where}: weight")
     if weight is None:
         return None
-    return _LAYERS if weight.symmetric else _TABLES
+    return _TABLES if weight.format.startswith("uint") else _LAYERS
 
 
 def _chosen(model: nn.Module, spec: dict[Any, str | None]) -> list[str]:

@@ -7,16 +7,22 @@ The graph's layers are put at their places in the user's module, and its ``forwa
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from qtoolkit.distributed import install_synchronizer, remove_synchronizer
+from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.graph.modules import graph_modules
+from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report, set_report
 from qtoolkit.nn.stubs import Stub
+from qtoolkit.observers import Observer
 from qtoolkit.qconfig import QConfigMapping
 from qtoolkit.quantization.dynamic import replace_dynamic
 from qtoolkit.workflow import convert, prepare, prepare_qat
@@ -74,6 +80,8 @@ class WaitingForward:
         dynamic: names of the layers that will quantize their inputs as they come.
         qat: whether for training.
         pending: functions that ``apply`` called before there was anything to apply them to.
+        converts: whether the model is converted at once, see ``convert_later``.
+        state: the arguments of ``load_state_dict`` that came before the first call.
     """
 
     def __init__(
@@ -84,15 +92,18 @@ class WaitingForward:
         self.qat = qat
         self.dynamic = dynamic
         self.pending: list[Callable[[nn.Module], None]] = []
+        self.converts = False
+        self.state: tuple[Any, bool] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs:
+        bound = inspect.signature(type(self.owner).forward).bind(self.owner, *args, **kwargs)
+        if bound.kwargs:
             raise TypeError(
                 f"the first call of a prepared {type(self.owner).__name__} needs its inputs by "
-                f"position, got {sorted(kwargs)} by name"
+                f"position, got {sorted(bound.kwargs)} by name alone"
             )
-        self.prepare(args)
-        return self.owner.forward(*args)
+        self.prepare(bound.args[1:])
+        return self.owner.forward(*bound.args[1:])
 
     def prepare(self, example_inputs: tuple[Any, ...]) -> None:
         """Prepares the owner in place."""
@@ -100,7 +111,8 @@ class WaitingForward:
         training = owner.training
         del owner.__dict__["forward"]
         try:
-            with warnings.catch_warnings():
+            # Observers change their buffers later, which those made in inference mode forbid.
+            with warnings.catch_warnings(), torch.inference_mode(False):
                 # A qconfig may be set on what is not quantized.
                 warnings.filterwarnings("ignore", message="set_module_name")
                 step = prepare_qat if self.qat else prepare
@@ -117,6 +129,23 @@ class WaitingForward:
         owner.train(training if self.qat else False)
         for function in self.pending:
             owner.apply(function)
+        if self.converts:
+            owner.__dict__.pop("load_state_dict")
+            fill_uncalibrated(owner, warn=self.state is None)
+            convert_in_place(owner)
+            if self.state is not None:
+                state, strict = self.state
+                owner.load_state_dict(state, strict)
+
+    def convert_later(self) -> None:
+        """Converts the model at its first call; a state dict that is loaded before waits for it."""
+        self.converts = True
+        self.owner.__dict__["load_state_dict"] = self.load_state_dict
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Keeps a state dict for the first call."""
+        self.state = (dict(state_dict), strict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
 def later(module: nn.Module, function: Callable[[nn.Module], None]) -> None:
@@ -129,14 +158,15 @@ def later(module: nn.Module, function: Callable[[nn.Module], None]) -> None:
 def _keep_parameters(owner: nn.Module, captured: nn.Module) -> None:
     """Gives the captured copy the parameters that the user's optimizer may hold."""
     own = dict(owner.named_parameters(remove_duplicate=False))
-    replaced = {
-        id(parameter): own[name]
-        for name, parameter in captured.named_parameters(remove_duplicate=False)
-        if name in own and own[name].shape == parameter.shape
-    }
+    replaced = {}
+    for name, parameter in captured.named_parameters(remove_duplicate=False):
+        # The graph of a single layer holds it as its child "module".
+        known = own.get(name, own.get(re.sub(r"(^|\.)module\.(?=\w+$)", r"\1", name)))
+        if known is not None and known.shape == parameter.shape:
+            replaced[id(parameter)] = known
     for module in captured.modules():
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = replaced.get(id(parameter), parameter)
+        for name, value in module._parameters.items():
+            module._parameters[name] = replaced.get(id(value), value)
 
 
 def graft(owner: nn.Module, captured: nn.Module) -> None:
@@ -163,6 +193,8 @@ def _graft_graph(target: nn.Module, graph_module: fx.GraphModule) -> None:
     for name in added:
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules.pop(leaf, None)
+    if not list(target.children()):
+        target._parameters.clear()  # a single layer; the graph's child holds them
     originals = {name for name, _ in target.named_modules()}
     added = set()
     used: set[str] = set()
@@ -221,3 +253,32 @@ def convert_in_place(owner: nn.Module) -> None:
     for parameter in owner.parameters():
         if parameter.is_leaf:
             parameter.requires_grad_(False)
+
+
+def fill_uncalibrated(model: nn.Module, *, warn: bool = True) -> None:
+    """Gives observers that saw no data scale 1 and zero point 0, with a warning, as torch.ao does.
+
+    A state dict may follow.
+    """
+    inner = {m.observer for m in model.modules() if isinstance(m, FakeQuantize)}
+    names = []
+    for module in model.modules():
+        if not is_observer(module) or module in inner:
+            continue
+        if isinstance(module, Observer) and not module.calibrated():
+            module.unfreeze()
+        elif isinstance(module, FakeQuantize) and not module.ready:
+            module.unfreeze()
+            module.train()
+        else:
+            continue
+        device = next((b.device for b in module.buffers()), None)
+        module(torch.tensor([0.0, 255.0], device=device))
+        names.append(str(module.name))
+    if names and warn:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"convert: no data has reached {shown}; scale 1 and zero point 0 are used. Run the "
+            "prepared model on calibration data, or load a state dict now",
+            stacklevel=3,
+        )

@@ -71,7 +71,7 @@ class FakeQuantize(ObservedFakeQuantize):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), both ``[1]`` or ``[channels]``."""
         scale, zero_point = super().calculate_qparams()
-        return scale.reshape(-1), zero_point.reshape(-1)
+        return scale.reshape(-1).clone(), zero_point.reshape(-1).clone()
 
     def disable_fake_quant(self) -> None:
         """Lets tensors pass unchanged."""

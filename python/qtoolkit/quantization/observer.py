@@ -79,13 +79,13 @@ def format_name(dtype: torch.dtype, quant_min: int | None, quant_max: int | None
     sign = "int" if dtype in _SIGNED else "uint"
     if quant_min is None or quant_max is None:
         return f"{sign}8"
-    bits = (quant_max - quant_min).bit_length()
-    name = f"{sign}{8 if bits == 7 else bits}"
+    reduced = quant_max - quant_min == 127
+    name = f"{sign}{8 if reduced else (quant_max - quant_min).bit_length()}"
     known = FORMATS.get(name)
     if known is None:
         raise UnsupportedError(f"no format has the codes {quant_min}..{quant_max} of {dtype}")
     low, high = known.quant_range(False)
-    if bits != 7 and not (low <= quant_min <= low + 1 and quant_max == high):
+    if not reduced and not (low <= quant_min <= low + 1 and quant_max == high):
         raise UnsupportedError(
             f"no format has the codes {quant_min}..{quant_max} of {dtype}; the nearest is {name} "
             f"with {low}..{high}"

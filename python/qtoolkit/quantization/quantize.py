@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from qtoolkit.fake_quantize import FakeQuantize
 from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report
-from qtoolkit.observers import Observer
 from qtoolkit.quantization.eager import (
     WaitingForward,
     captured_copy,
     convert_in_place,
+    fill_uncalibrated,
     is_prepared,
 )
 from qtoolkit.quantization.errors import UnsupportedError
@@ -136,6 +135,9 @@ def convert(
 ) -> nn.Module:
     """The quantized model.
 
+    A prepared model that was never called is converted at its first call, with a warning: a state
+    dict of a converted one may be loaded before.
+
     Args:
         module: the result of ``prepare`` or ``prepare_qat``, after calibration or training.
         mapping, convert_custom_config_dict: None.
@@ -145,7 +147,6 @@ def convert(
         use_precomputed_fake_quant: accepted; learned ranges are always kept.
 
     Raises:
-        RuntimeError: the model was never called.
         ValueError: it is not prepared.
         UnsupportedError: another value of an argument.
     """
@@ -161,47 +162,23 @@ def convert(
         )
     if not is_prepared(module):
         raise ValueError("convert needs the result of prepare or prepare_qat")
-    if isinstance(module.__dict__.get("forward"), WaitingForward):
-        raise RuntimeError(
-            "convert: the prepared model was never called, so nothing is known of its activations: "
-            "run it on calibration data first; to load a state dict, give prepare example_inputs"
-        )
     module = module if inplace else copy.deepcopy(module)
+    waiting = module.__dict__.get("forward")
+    if isinstance(waiting, WaitingForward):
+        warnings.warn(
+            "convert: the prepared model was never called, so nothing is known of its activations; "
+            "it is converted when it is called. Run it on calibration data before convert, or load "
+            "a state dict now",
+            stacklevel=2,
+        )
+        waiting.convert_later()
+        return module
     fill_uncalibrated(module)
     convert_in_place(module)
     if remove_qconfig:
         for child in module.modules():
             child.__dict__.pop("qconfig", None)
     return module
-
-
-def fill_uncalibrated(model: nn.Module) -> None:
-    """Gives observers that saw no data scale 1 and zero point 0, with a warning, as torch.ao does.
-
-    A state dict may follow.
-    """
-    inner = {m.observer for m in model.modules() if isinstance(m, FakeQuantize)}
-    names = []
-    for module in model.modules():
-        if not is_observer(module) or module in inner:
-            continue
-        if isinstance(module, Observer) and not module.calibrated():
-            module.unfreeze()
-        elif isinstance(module, FakeQuantize) and not module.ready:
-            module.unfreeze()
-            module.train()
-        else:
-            continue
-        device = next((b.device for b in module.buffers()), None)
-        module(torch.tensor([0.0, 255.0], device=device))
-        names.append(str(module.name))
-    if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        warnings.warn(
-            f"convert: no data has reached {shown}; scale 1 and zero point 0 are used. Run the "
-            "prepared model on calibration data, or load a state dict now",
-            stacklevel=3,
-        )
 
 
 def quantize(
@@ -244,3 +221,24 @@ def default_eval_fn(model: nn.Module, calib_data: Any) -> None:
     """Runs a model on pairs of input and target, for ``quantize``."""
     for data, _ in calib_data:
         model(data)
+
+
+def get_observer_state_dict(mod: nn.Module) -> OrderedDict[str, Any]:
+    """The part of a prepared model's state dict that its observers hold."""
+    prefixes = tuple(f"{name}." for name, module in mod.named_modules() if is_observer(module))
+    state = mod.state_dict().items()
+    return OrderedDict((key, value) for key, value in state if key.startswith(prefixes))
+
+
+def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> None:
+    """Gives a prepared model the state that ``get_observer_state_dict`` returned.
+
+    Raises:
+        ValueError: the observers are others; names the first ones.
+    """
+    differing = sorted(get_observer_state_dict(mod).keys() ^ obs_dict.keys())
+    if differing:
+        raise ValueError(
+            f"load_observer_state_dict: the observers are of another model: {differing[:3]}"
+        )
+    mod.load_state_dict(obs_dict, strict=False)

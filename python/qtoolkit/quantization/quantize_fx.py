@@ -31,9 +31,9 @@ from qtoolkit.quantization.custom_config import (
     as_config,
 )
 from qtoolkit.quantization.dynamic import replace_dynamic
+from qtoolkit.quantization.eager import fill_uncalibrated
 from qtoolkit.quantization.errors import UnsupportedError
 from qtoolkit.quantization.qconfig_mapping import QConfigMapping
-from qtoolkit.quantization.quantize import fill_uncalibrated
 from qtoolkit.quantization.stubs import replace_foreign_stubs
 from qtoolkit.quantization.translate import dynamic_layers, mapping_of, qconfig_of
 

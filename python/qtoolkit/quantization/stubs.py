@@ -33,9 +33,8 @@ class QuantWrapper(nn.Module):
         self.module = module
         self.train(module.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.module(self.quant(x))
-        return self.dequant(x)
+    def forward(self, X: Tensor) -> Tensor:  # noqa: N803  (the name that torch.ao has)
+        return self.dequant(self.module(self.quant(X)))
 
 
 def add_quant_dequant(module: nn.Module) -> nn.Module:

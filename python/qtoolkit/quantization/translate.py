@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,6 +112,10 @@ def qconfig_of(qconfig: Any, where: str) -> QConfig | None:
     # Where only activations are quantized, the weight may be given as float16.
     passing = getattr(qconfig.weight, "__name__", "") in _FLOAT
     weight = None if passing else spec_of(qconfig.weight, f"{where}: weight")
+    if weight is not None and (weight.format.startswith("int") or activation is not None):
+        # Kernels take signed weights without a zero point.
+        signed = weight.format.removeprefix("u")
+        weight = replace(weight, format=signed, symmetric=True)
     return QConfig(activation, weight)
 
 
@@ -132,7 +137,7 @@ def dynamic_layers(model: nn.Module, mapping: QConfigMapping) -> list[str]:
         qconfig = mapping.qconfig_for(name, type(module))
         if qconfig is None or qconfig.activation is not None or qconfig.weight is None:
             continue
-        fits = is_table(module) == (not qconfig.weight.symmetric)
+        fits = is_table(module) == qconfig.weight.format.startswith("uint")
         if name and fits and isinstance(module, DYNAMIC_LAYERS):
             names.append(name)
     return names
