@@ -171,10 +171,16 @@ def _yaml() -> Any:
     return yaml
 
 
+def _careful(mapping: QConfigMapping) -> QConfigMapping:
+    """The mapping with layer norms in float, and so the sums that only they read: tokens of small
+    values beside large ones have few codes, and a layer norm makes all tokens equally large."""
+    return mapping.set_module_type(nn.LayerNorm, None)
+
+
 def _target(target: str, *passes: str) -> Callable[[], Recipe]:
     """The default mapping of a runtime with some algorithms."""
     return lambda: Recipe(
-        target, get_default_qconfig_mapping(target), tuple(map(make_algorithm, passes))
+        target, _careful(get_default_qconfig_mapping(target)), tuple(map(make_algorithm, passes))
     )
 
 
@@ -183,18 +189,15 @@ def _few_bits(name: str, activation: str, *passes: str) -> Recipe:
     eight = get_default_qconfig_mapping("x86").global_qconfig
     assert eight is not None
     weight = TensorSpec("int4", "per_channel", symmetric=True, observer="per_channel_minmax")
-    mapping = QConfigMapping().set_global(QConfig(TensorSpec(activation), weight))
+    mapping = _careful(QConfigMapping().set_global(QConfig(TensorSpec(activation), weight)))
     return Recipe(name, mapping, tuple(map(make_algorithm, passes)), eight)
 
 
-def _named(name: str, make: Callable[[], Recipe]) -> Callable[[], Recipe]:
-    return lambda: replace(make(), name=name)
-
-
 _RECIPES: dict[str, Callable[[], Recipe]] = {
-    "w8a8": _named("w8a8", _target("x86", "bias_correction")),
-    "w8a8-fast": _named("w8a8-fast", _target("x86")),
+    "w8a8": lambda: replace(_target("x86", "bias_correction")(), name="w8a8"),
+    "w8a8-fast": lambda: Recipe("w8a8-fast", get_default_qconfig_mapping("x86")),
     "w4a8": lambda: _few_bits("w4a8", "uint8", "adaround", "bias_correction"),
+    "w4a4": lambda: _few_bits("w4a4", "uint4", "block_reconstruction"),
     "tensorrt": _target("tensorrt", "bias_correction"),
     "openvino": _target("openvino", "bias_correction"),
     "tflite": _target("tflite", "bias_correction"),

@@ -1,7 +1,10 @@
 """Post-training algorithms: what makes a quantized model keep the accuracy of the float one."""
 
 from qtoolkit.algorithms.adaround import AdaRound
+from qtoolkit.algorithms.analytic_bias_correction import AnalyticBiasCorrection
+from qtoolkit.algorithms.batch_norm_reestimation import BatchNormReestimation
 from qtoolkit.algorithms.bias_correction import BiasCorrection
+from qtoolkit.algorithms.block_reconstruction import BlockReconstruction
 from qtoolkit.algorithms.context import Context, Layer
 from qtoolkit.algorithms.cross_layer_equalization import CrossLayerEqualization
 from qtoolkit.algorithms.registry import (
@@ -22,7 +25,10 @@ __all__ = [
     "ActivationAwareScales",
     "AdaRound",
     "Algorithm",
+    "AnalyticBiasCorrection",
+    "BatchNormReestimation",
     "BiasCorrection",
+    "BlockReconstruction",
     "Context",
     "CrossLayerEqualization",
     "Layer",

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from qtoolkit.graph.modules import called_module
@@ -99,12 +98,11 @@ def _quantized_activations(prepared: nn.Module, layers: Sequence[Layer]) -> Iter
 
 
 def fixed_quantizer(observer: Any) -> Callable[[Tensor], Tensor]:
-    """Rounds to the codes that an observer gives now."""
+    """Rounds to the codes that an observer gives now; gradients pass straight."""
     scale, zero_point = observer.calculate_qparams()
     limits = observer.spec.quant_min, observer.spec.quant_max
 
     def quantize(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return fake_quantize_per_tensor(x, scale, zero_point, *limits)
+        return fake_quantize_per_tensor(x, scale, zero_point, *limits)
 
     return quantize

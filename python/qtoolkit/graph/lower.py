@@ -121,6 +121,8 @@ class _Lowering:
         found = self._found_by(call)
         if not isinstance(observer, Observer) or observer in self.speaks_for_others:
             return found
+        if observer.pinned is not None:
+            return found
         steps = torch.tensor([found.quant_min, found.quant_max]) - found.zero_point.cpu()
         low, high = (found.scale.cpu() * steps).tolist()
         bounds = []

@@ -61,6 +61,7 @@ class Observer(QuantizationState):
 
     Attributes:
         enabled: False while frozen; saved in the state dict.
+        pinned: what ``pin`` decided, or None; not saved in the state dict.
         on_nonfinite: "error", or "skip": then tensors that hold NaN or Inf leave the statistics as
             they are, with one warning that names the observer.
     """
@@ -77,6 +78,7 @@ class Observer(QuantizationState):
         self.name = name
         self.enabled = True
         self.on_nonfinite = "error"
+        self.pinned: tuple[Tensor, Tensor] | None = None
         self._warned = False
         if self.spec.granularity not in self.granularities:
             raise ValueError(
@@ -139,6 +141,8 @@ class Observer(QuantizationState):
             RuntimeError: nothing has been observed.
             ValueError: the values observed held NaN or Inf.
         """
+        if self.pinned is not None:
+            return self.pinned
         if not self.calibrated():
             raise RuntimeError(
                 f"observer{self._for_name()} has seen no data: run qt.calibrate(prepared, loader) "
@@ -146,6 +150,10 @@ class Observer(QuantizationState):
             )
         self.check_finite(self.min_val, self.max_val)
         return range_to_qparams(*self.value_range(), self.spec)
+
+    def pin(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Decides what ``calculate_qparams`` returns from now on, whatever was observed."""
+        self.pinned = scale, zero_point
 
     def calculate_qparams_unchecked(self) -> tuple[Tensor, Tensor]:
         """`calculate_qparams` without the checks, which wait for an accelerator."""

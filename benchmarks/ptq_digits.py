@@ -1,0 +1,120 @@
+"""What quantization after training costs on a task that is learned: scikit-learn's digits.
+
+    python benchmarks/ptq_digits.py
+    python benchmarks/ptq_digits.py --seed 1 --models resnet18
+
+MobileNetV2 and ResNet-18 are trained; then 256 training images without labels quantize them. The
+last rows are of a ResNet-18 whose channels were rescaled by up to 100 so that one scale for all
+weights of a layer cannot serve them, which changes nothing in float. Exits with an error where more
+is lost than is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import _bench
+import torch
+from torch import nn
+
+import qtoolkit as qt
+
+from _common import Data, digits, make_model, markdown_table, train  # isort: skip  (examples/)
+
+SIZE, TEST_IMAGES, CALIBRATION_BATCHES = 32, 600, 8
+#: Network, recipe, and the points of top-1 that it may lose.
+ROWS = [
+    ("mobilenet_v2", "w8a8-fast", None),
+    ("mobilenet_v2", "w8a8", 0.5),
+    ("resnet18", "w8a8", 0.5),
+    ("resnet18", "w4a8 without AdaRound", None),
+    ("resnet18", "w4a8", 1.0),
+    ("resnet18", "w4a4 without reconstruction", None),
+    ("resnet18", "w4a4", 2.0),
+    ("resnet18 rescaled", "qnnpack without equalization", None),
+    ("resnet18 rescaled", "qnnpack", 1.0),
+]
+EPOCHS = {"mobilenet_v2": 14, "resnet18": 8}
+BROKEN = 10.0  # what the rescaled network loses at least without equalization
+
+
+def trained(name: str, data: Data, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = make_model(name, data.classes)
+    train(model, data.train, EPOCHS[name], rate=0.05)
+    return model.eval()
+
+
+def rescaled(model: nn.Module, seed: int) -> nn.Module:
+    """The same function, with the channels inside each residual block multiplied by 0.01 to 100."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.modules():
+            if not hasattr(block, "bn2"):
+                continue
+            factor = 10 ** (4 * torch.rand(block.bn1.num_features, generator=generator) - 2)
+            block.bn1.weight.mul_(factor)
+            block.bn1.bias.mul_(factor)
+            block.conv2.weight.div_(factor.reshape(1, -1, 1, 1))
+    return model
+
+
+def recipe_of(text: str) -> qt.Recipe:
+    name, _, without = text.partition(" without ")
+    recipe = qt.get_recipe(name)
+    return replace(recipe, passes=()) if without else recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", nargs="+", default=list(EPOCHS))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+
+    data = digits(args.seed, SIZE, TEST_IMAGES)
+    known = _bench.facts()
+    print(f"digits {SIZE}x{SIZE}, {TEST_IMAGES} test images; {_bench.describe(known)}")
+    images = [x for x, _ in data.calibration][:CALIBRATION_BATCHES]
+
+    def top1(model: nn.Module) -> float:
+        return 100 * qt.evaluate(model, data.test, metric="top1", progress=False)
+
+    models, cells, results, failed = {}, [], [], []
+    for name, text, allowed in ROWS:
+        base = name.split()[0]
+        if base not in args.models:
+            continue
+        if base not in models:
+            models[base] = trained(base, data, args.seed)
+        if name not in models:
+            models[name] = rescaled(models[base], args.seed)  # the last rows of this network
+        start = time.perf_counter()
+        quantized = qt.quantize(models[name], images, recipe_of(text), progress=False)
+        seconds = time.perf_counter() - start
+        before, after = top1(models[name]), top1(quantized)
+        lost = before - after
+        wrong = lost < BROKEN if "equalization" in text else allowed is not None and lost > allowed
+        if wrong:
+            failed.append(f"{name} {text}")
+        row = {"model": name, "recipe": text, "fp32": before, "quantized": after}
+        results.append({**row, "allowed": allowed, "seconds": round(seconds, 1)})
+        limit = "" if allowed is None else f"{allowed:.1f}"
+        cells.append(
+            [name, text, f"{before:.2f}", f"{after:.2f}", f"{-lost:+.2f}", limit, f"{seconds:.0f}"]
+        )
+        print(f"  {cells[-1]}", flush=True)
+    header = ["Model", "Recipe", "FP32 %", "Quantized %", "Difference", "May lose", "Seconds"]
+    print(markdown_table(header, cells))
+    if args.models == list(EPOCHS) and args.seed == 0:
+        _bench.write_json("ptq_digits", {**known, "seed": args.seed, "rows": results})
+    if failed:
+        sys.exit(f"not within what is allowed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
