@@ -33,19 +33,19 @@ from _common import markdown_table  # isort: skip  (examples/)
 
 #: Name and image size: the least that the network takes, or what keeps its output from vanishing.
 MODELS = {
-    "resnet18": 64,
-    "resnet50": 64,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_small": 64,
-    "mobilenet_v3_large": 128,
+    "vit_b_16": 64,
+    "swin_t": 64,
+    "convnext_tiny": 64,
     "efficientnet_b0": 128,
+    "mobilenet_v3_large": 128,
+    "mobilenet_v3_small": 64,
+    "mobilenet_v2": 64,
+    "regnet_y_400mf": 64,
     "shufflenet_v2_x1_0": 64,
+    "resnet18": 64,
     "densenet121": 64,
     "googlenet": 96,
-    "regnet_y_400mf": 64,
-    "convnext_tiny": 64,
-    "swin_t": 64,
-    "vit_b_16": 64,
+    "resnet50": 64,
 }
 TRANSFORMERS = ("swin_t", "vit_b_16")
 BATCH, BATCHES = 8, 4
@@ -165,13 +165,13 @@ def main() -> None:
         if found["qtoolkit"] < best - ALLOWED:
             behind.append(name)
         results[name] = {"size": size, **found}
+        if not args.no_write:  # at once, as the whole table takes minutes
+            _bench.write_json("ptq_sqnr", {**known, "recipe": args.recipe, "models": results})
         cells = [f"{value:.2f}" for value in found.values()]
         rows.append([name, *cells, f"{found['qtoolkit'] - best:+.2f}"])
         print(f"  {rows[-1]} {time.perf_counter() - start:.0f} s", flush=True)
     header = ["Model", "qtoolkit dB", "ONNX Runtime dB", "NNCF dB", "to the better"]
     print(markdown_table(header, rows))
-    if not args.no_write:
-        _bench.write_json("ptq_sqnr", {**known, "recipe": args.recipe, "models": results})
     if behind:
         sys.exit(f"more than {ALLOWED} dB below the better one: {', '.join(behind)}")
 

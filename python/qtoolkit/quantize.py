@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qtoolkit.algorithms import BEFORE, Context, RunFolder
 from qtoolkit.batches import gather_batches
 from qtoolkit.checkpoint import fingerprint
 from qtoolkit.qconfig import QConfigMapping
 from qtoolkit.recipe import Recipe, get_recipe
+from qtoolkit.weight_only import quantize_weights
 from qtoolkit.workflow import calibrate, convert, prepare
 
 
@@ -27,6 +30,9 @@ def quantize(
     resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """The quantized model that a recipe gives: prepare, its passes, calibrate, convert.
+
+    The recipes "fp16" and "w8a16" quantize no activations: theirs are float16, and the result takes
+    float16 inputs, as a model does after ``half()``.
 
     Args:
         model: the float model, in any mode; it is not changed.
@@ -52,6 +58,8 @@ def quantize(
     example_inputs, batches = gather_batches(
         loader, model, "quantize", example_inputs, max_batches, progress=False
     )
+    if recipe.weight_only:
+        return _quantize_weights(model, batches, recipe, progress=progress)
     mapping = recipe.mapping_for(model)
     prepared = prepare(model, mapping, example_inputs).eval()
     folder = None
@@ -69,6 +77,47 @@ def quantize(
             print(f"\ninterrupted; {folder.path} keeps what is finished: call again to go on")
         raise
     return convert(prepared)
+
+
+def _quantize_weights(
+    model: nn.Module, batches: list[tuple[Any, ...]], recipe: Recipe, *, progress: bool
+) -> nn.Module:
+    """The model with weights in the format of a recipe and float16 activations."""
+    _check_range(model, batches)
+    assert recipe.weight_only is not None
+    if recipe.weight_only != "fp16":  # which casts by itself, norms excepted
+        model = copy.deepcopy(model).half()
+    return quantize_weights(model, recipe.weight_only, group_size=None, progress=progress)
+
+
+def _check_range(model: nn.Module, batches: list[tuple[Any, ...]]) -> None:
+    """Raises ValueError that names the first layer whose output float16 cannot hold."""
+    largest = torch.finfo(torch.float16).max
+
+    def check(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+            most = float(output.abs().max())
+            if most > largest:
+                raise ValueError(
+                    f"quantize: {name or 'the model'} gives values up to {most:g}, beyond "
+                    f"float16's {largest:g}; use qt.quantize_weights(model, 'bf16')"
+                )
+
+    training = {module: module.training for module in model.modules()}
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: check(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                model(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _run_passes(

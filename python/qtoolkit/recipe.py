@@ -30,6 +30,8 @@ class Recipe:
         passes: algorithms in the order in which they run; those before calibration come first.
         edges: how the first and the last layer with a weight are quantized, and average pooling
             between layers of fewer bits; None: as ``mapping`` says.
+        weight_only: a format of ``quantize_weights``, with activations in float16; the mapping
+            must then be empty. None: as ``mapping`` says.
 
     Raises:
         TypeError: a field has a wrong type.
@@ -40,6 +42,7 @@ class Recipe:
     mapping: QConfigMapping
     passes: tuple[Algorithm, ...] = ()
     edges: QConfig | None = None
+    weight_only: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mapping, QConfigMapping):
@@ -50,6 +53,10 @@ class Recipe:
         if self.edges is not None and not isinstance(self.edges, QConfig):
             raise TypeError(
                 f"recipe {self.name!r}: edges must be a QConfig, got {type(self.edges).__name__}"
+            )
+        if self.weight_only and (self.mapping != QConfigMapping() or self.passes or self.edges):
+            raise ValueError(
+                f"recipe {self.name!r}: with weight_only there can be no mapping, passes or edges"
             )
         for algorithm in self.passes:
             if not isinstance(algorithm, Algorithm):
@@ -79,6 +86,7 @@ class Recipe:
             "mapping": self.mapping.to_dict(),
             "passes": passes,
             "edges": None if self.edges is None else self.edges.to_dict(),
+            "weight_only": self.weight_only,
         }
 
     @classmethod
@@ -91,7 +99,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a recipe must be an object with keys, got {type(data).__name__}")
-        allowed = {"version", "name", "mapping", "target", "passes", "edges"}
+        allowed = {"version", "name", "mapping", "target", "passes", "edges", "weight_only"}
         unknown = sorted(set(data) - allowed)
         if unknown:
             raise ValueError(f"recipe: unknown keys {unknown}; the keys are {sorted(allowed)}")
@@ -105,7 +113,10 @@ class Recipe:
                 f"recipe: version {version} is newer than {VERSION}, the newest that this qtoolkit "
                 "reads; install a newer one"
             )
-        if ("mapping" in data) == ("target" in data):
+        weight_only = data.get("weight_only")
+        if weight_only is not None and not isinstance(weight_only, str):
+            raise ValueError(f"recipe: weight_only must be a format's name, got {weight_only!r}")
+        if ("mapping" in data and "target" in data) or not {"mapping", "target"} & set(data):
             raise ValueError("recipe: give either mapping or target")
         passes = data.get("passes", [])
         if not isinstance(passes, list):
@@ -121,6 +132,7 @@ class Recipe:
             mapping,
             tuple(map(_pass_of, passes)),
             None if edges is None else QConfig.from_dict(edges),
+            weight_only,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -198,6 +210,8 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
     "w8a8-fast": lambda: Recipe("w8a8-fast", get_default_qconfig_mapping("x86")),
     "w4a8": lambda: _few_bits("w4a8", "uint8", "adaround", "bias_correction"),
     "w4a4": lambda: _few_bits("w4a4", "uint4", "block_reconstruction"),
+    "w8a16": lambda: Recipe("w8a16", QConfigMapping(), weight_only="int8"),
+    "fp16": lambda: Recipe("fp16", QConfigMapping(), weight_only="fp16"),
     "tensorrt": _target("tensorrt", "bias_correction"),
     "openvino": _target("openvino", "bias_correction"),
     "tflite": _target("tflite", "bias_correction"),

@@ -16,7 +16,14 @@ def snippets(document: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/workflow.md", "docs/saving.md", "docs/migrating.md"]
+    "name",
+    [
+        "README.md",
+        "docs/workflow.md",
+        "docs/saving.md",
+        "docs/migrating.md",
+        "docs/algorithms.md",
+    ],
 )
 def test_snippets_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

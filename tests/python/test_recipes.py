@@ -59,7 +59,10 @@ def test_the_call_is_prepare_calibrate_convert(model, batches):
         assert torch.equal(quantized(batches[0]), qt.convert(prepared)(batches[0]))
 
 
-@pytest.mark.parametrize("name", qt.recipe_names())
+INTEGER = [name for name in qt.recipe_names() if not qt.get_recipe(name).weight_only]
+
+
+@pytest.mark.parametrize("name", INTEGER)
 def test_every_recipe_quantizes_and_survives_json(name, model, batches, tmp_path):
     recipe = qt.get_recipe(name)
     recipe.save(tmp_path / "recipe.json")
@@ -67,7 +70,78 @@ def test_every_recipe_quantizes_and_survives_json(name, model, batches, tmp_path
     loader = [(batch, torch.zeros(8)) for batch in batches]
     quantized = qt.quantize(model, loader, tmp_path / "recipe.json", progress=False)
     with torch.no_grad():
-        assert sqnr(model(batches[0]), quantized(batches[0])) > 25
+        wanted = {"w4a8": 20, "w4a4": 12}.get(name, 25)
+        assert sqnr(model(batches[0]), quantized(batches[0])) > wanted
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("fp16", 55), ("w8a16", 35)])
+def test_recipes_with_float16_activations(name, wanted, model, batches, tmp_path):
+    recipe = qt.get_recipe(name)
+    recipe.save(tmp_path / "recipe.json")
+    assert qt.get_recipe(tmp_path / "recipe.json") == recipe
+    quantized = qt.quantize(model, batches, name, progress=False)
+    weights = [t for t in quantized.state_dict().values() if t.dim() > 1]
+    assert {t.dtype for t in weights} <= {torch.float16, torch.int8, torch.uint8, torch.float32}
+    with torch.no_grad():
+        found = quantized(batches[0].half())
+        assert found.dtype == torch.float16
+        assert sqnr(model(batches[0]), found.float()) > wanted
+        assert model.fc.weight.dtype == torch.float32
+        model.fc.weight *= 1e6
+    with pytest.raises(ValueError, match=r"fc gives values up to .* beyond float16's 65504"):
+        qt.quantize(model, batches, name, progress=False)
+
+
+def test_a_recipe_with_weights_alone_has_no_mapping():
+    with pytest.raises(ValueError, match="can be no mapping, passes or edges"):
+        qt.Recipe("test", mapping_of("int8"), weight_only="fp16")
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a4"])
+def test_few_bits_spare_the_first_and_the_last_layer(name, model):
+    recipe = qt.get_recipe(name)
+    mapping = recipe.mapping_for(model)
+    formats = {
+        layer: mapping.qconfig_for(layer, type(model.get_submodule(layer))).weight.format
+        for layer in ("conv", "second", "fc")
+    }
+    assert formats == {"conv": "int8", "second": "int4", "fc": "int8"}
+
+
+class Inputs(nn.Module):
+    """Two inputs, of which the second may be left out, and a layer that data does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.a(x)
+        return x if y is None else x + self.b(y)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a4"])
+def test_batches_of_names_and_of_several_sizes(name):
+    torch.manual_seed(0)
+    model = Inputs().eval()
+    loader = [
+        {"x": torch.randn(n, 6), "y": torch.randn(n, 6), "labels": torch.zeros(n)}
+        for n in (8, 3, 1)
+    ]
+    quantized = qt.quantize(model, loader, name, progress=False)
+    x, y = loader[0]["x"], loader[0]["y"]
+    with torch.no_grad():
+        assert sqnr(model(x, y), quantized(x, y)) > 25
+        alone = qt.quantize(model, [b["x"] for b in loader], name, progress=False)
+        assert sqnr(model(x), alone(x)) > 25
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_said(value, model, batches):
+    bad = batches[2].clone()
+    bad[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="batch 2 holds 1 NaN or infinite values in input 0"):
+        qt.quantize(model, [*batches[:2], bad], progress=False)
 
 
 def test_bias_correction_takes_the_shift_of_the_mean_out(model, batches):

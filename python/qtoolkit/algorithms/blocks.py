@@ -116,9 +116,11 @@ def _cuts(nodes: list[fx.Node]) -> list[int]:
         if node.op != "get_attr"
     }
     cuts, reach = [], -1
+    first = max((i for i, node in enumerate(nodes) if node.op == "placeholder"), default=0)
     for i, node in enumerate(nodes[:-1]):
         # ``reach``: the last use of any earlier value.
-        if node.op != "get_attr" and reach <= i and last_use[node] > i and _is_tensor(node):
+        passes = i >= first and node.op != "get_attr" and reach <= i < last_use[node]
+        if passes and _is_tensor(node):
             cuts.append(i)
         reach = max(reach, last_use.get(node, -1))
     return cuts

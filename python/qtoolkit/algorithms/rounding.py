@@ -166,6 +166,7 @@ class Training:
         share = (step - begin) / max(self.iterations - begin, 1)
         return _HARD + 0.5 * (_SOFT - _HARD) * (1 + math.cos(share * math.pi))
 
+    @torch.enable_grad()
     def run(
         self,
         roundings: Sequence[SoftRounding],
