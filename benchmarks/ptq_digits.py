@@ -12,6 +12,7 @@ is lost than is allowed.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -38,7 +39,7 @@ ROWS = [
     ("resnet18 rescaled", "qnnpack without equalization", None),
     ("resnet18 rescaled", "qnnpack", 1.0),
 ]
-EPOCHS = {"mobilenet_v2": 14, "resnet18": 8}
+EPOCHS = {"mobilenet_v2": 8, "resnet18": 6}
 BROKEN = 10.0  # what the rescaled network loses at least without equalization
 
 
@@ -110,8 +111,11 @@ def main() -> None:
         print(f"  {cells[-1]}", flush=True)
     header = ["Model", "Recipe", "FP32 %", "Quantized %", "Difference", "May lose", "Seconds"]
     print(markdown_table(header, cells))
-    if args.models == list(EPOCHS) and args.seed == 0:
-        _bench.write_json("ptq_digits", {**known, "seed": args.seed, "rows": results})
+    if args.seed == 0:
+        file = _bench.ROOT / "benchmarks" / "results" / "ptq_digits.json"
+        known_rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+        others = [row for row in known_rows if row["model"].split()[0] not in args.models]
+        _bench.write_json("ptq_digits", {**known, "rows": others + results})
     if failed:
         sys.exit(f"not within what is allowed: {', '.join(failed)}")
 

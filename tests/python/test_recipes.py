@@ -272,3 +272,29 @@ def test_no_data_is_said(model):
         qt.quantize(model, [], progress=False)
     with pytest.raises(ValueError, match="unknown algorithm"):
         make_algorithm("nothing")
+
+
+class Either(nn.Module):
+    """Of two parts, the inputs decide which is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = (
+            nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large(x) if x.sum() > 1e6 else self.small(x)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a4", "qnnpack"])
+def test_a_layer_that_data_does_not_reach_stays_float_or_is_named(name):
+    torch.manual_seed(0)
+    model, batches = Either().eval(), [torch.randn(8, 6)]
+    quantized = qt.quantize(model, batches, name, progress=False)
+    large = torch.full((2, 6), 1e6)
+    with torch.no_grad():
+        assert torch.equal(quantized(large), model(large))
+        assert sqnr(model(batches[0]), quantized(batches[0])) > 12
+    with pytest.raises(RuntimeError, match=r"large\..* has seen no data: run qt.calibrate"):
+        qt.quantize(model, batches, name, example_inputs=(large,), progress=False)
