@@ -15,6 +15,7 @@ from qtoolkit.algorithms import (
     BiasCorrection,
     Context,
 )
+from qtoolkit.algorithms.bias_correction import _shift
 from qtoolkit.algorithms.moments import clipped_normal, expected_output, input_moments
 
 
@@ -141,3 +142,18 @@ def test_reestimation_gives_layers_the_float_networks_statistics():
         torch.testing.assert_close(
             converted(batches[0]), context.run((batches[0],)), rtol=0.1, atol=0.05
         )
+
+
+def test_a_shift_that_few_samples_show_by_chance_is_not_corrected():
+    model, batches = settled()
+    context = Context(qt.prepare(model, mapping_of("int8"), (batches[0],)), [], progress=False)
+    layer = context.layers[-1]
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.zeros(16, 4000)
+    chance = torch.randn(16, 4000, generator=generator)
+    found = _shift(layer, [chance], [wanted])
+    assert found.norm() < 0.7 * chance.mean(0).norm()
+    real = _shift(layer, [0.1 * chance + 1], [wanted])
+    # A shift of 1 with a standard error of 0.025 is kept but for 0.025 ** 2.
+    torch.testing.assert_close(real, 0.1 * chance.mean(0) + 1, rtol=4e-3, atol=0)
+    assert torch.equal(_shift(layer, [chance[:1]], [wanted[:1]]), chance[0])

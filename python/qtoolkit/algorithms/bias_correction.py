@@ -20,7 +20,8 @@ class BiasCorrection(Algorithm):
 
     The mean of each output channel over the calibration data, before a fused ReLU, is compared
     between the float network and the quantized one whose earlier layers are corrected already; the
-    difference goes into the bias. A layer without a bias gets one.
+    difference goes into the bias, as far as chance does not explain it. A layer without a bias gets
+    one.
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
     (2019), section 4.2 and appendix D.
@@ -42,14 +43,28 @@ class BiasCorrection(Algorithm):
             for visit, done in few.steps(visits, "bias correction", len(few.layers)):
                 if not done:
                     layer = visit.layer
-                    shift = _mean(layer, visit.outputs()) - _mean(layer, visit.float_outputs())
+                    shift = _shift(layer, visit.outputs(), visit.float_outputs())
                     bias = layer.module.bias
                     layer.set_bias(-shift if bias is None else bias.detach() - shift)
 
 
-def _mean(layer: Layer, outputs: list[Tensor]) -> Tensor:
-    """The mean of each output channel over all calls."""
+def _shift(layer: Layer, outputs: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    """How much larger the mean of each output channel is than wanted, as far as the samples tell.
+
+    The mean of few samples is uncertain, and a correction by chance adds noise: it is shrunk by the
+    share of its square that chance explains (the positive-part James-Stein estimator).
+    """
     axis = -1 if isinstance(layer.module, nn.Linear) else 1
-    channels = [output.movedim(axis, 0).flatten(1) for output in outputs]
-    total = torch.stack([values.double().sum(1) for values in channels]).sum(0)
-    return (total / sum(values.shape[1] for values in channels)).float()
+    differences = [found - aim for found, aim in zip(outputs, wanted)]
+    by_sample = torch.cat(
+        [
+            d.movedim(axis, 1).flatten(2).double().mean(2) if d.dim() > 2 else d.double()
+            for d in differences
+        ]
+    )
+    mean = by_sample.mean(0)
+    if len(by_sample) < 2:
+        return mean.float()
+    chance = by_sample.var(0) / len(by_sample)
+    share = (1 - chance / mean.square().clamp(min=1e-30)).clamp(min=0.0)
+    return (mean * share).float()
