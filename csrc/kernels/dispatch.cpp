@@ -115,7 +115,8 @@ bool cpu_has(Path path) {
 #if defined(__x86_64__)
     // These built-ins also ask the operating system whether it saves the wide registers.
     case Path::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+             __builtin_cpu_supports("fma");
     case Path::avxvnni:
       return cpu_has(Path::avx2) && __builtin_cpu_supports("avxvnni");
     case Path::avx512vnni:

@@ -21,6 +21,7 @@
 #include "kernels/softmax.h"
 #include "kernels/statistics.h"
 #include "kernels/upsample.h"
+#include "kernels/weight_only.h"
 
 namespace qtoolkit::kernels {
 

@@ -1,0 +1,190 @@
+// The fully connected layer with a weight of few bits and activations that are quantized here, each
+// group of each row by its own range.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "ops/aligned_buffer.h"
+#include "ops/checks.h"
+#include "ops/layout.h"
+#include "ops/parallel.h"
+
+namespace qtoolkit::ops {
+namespace {
+
+constexpr const char* kOp = "linear_weight_only";
+
+struct Arguments {
+  const Tensor& x;
+  const Tensor& codes;
+  const Tensor& scale;
+  const OptionalTensor& zero_point;
+  const OptionalTensor& bias;
+  int64_t bits, group_size;
+  const OptionalTensor& table;
+};
+
+// The bits of a code as the kernel reads it: those of other widths are unpacked to bytes first.
+int64_t kernel_bits(int64_t bits) { return bits == 1 || bits == 2 || bits == 4 ? bits : 8; }
+
+Tensor check(const Arguments& args) {
+  check_float(kOp, "x", args.x);
+  TORCH_CHECK_VALUE(args.bits >= 1 && args.bits <= 8,
+                    "qtoolkit::linear_weight_only: bits must be in [1, 8], got ", args.bits);
+  TORCH_CHECK_VALUE(args.group_size > 0 && args.group_size * kernel_bits(args.bits) % 32 == 0,
+                    "qtoolkit::linear_weight_only: group_size must be positive and a multiple of ",
+                    32 / kernel_bits(args.bits), " for codes of ", args.bits, " bits, got ",
+                    args.group_size);
+  check_dtype(kOp, "codes", args.codes, at::kByte);
+  check_rank(kOp, "codes", args.codes, 2);
+  check_device(kOp, "codes", args.codes, args.x);
+  TORCH_CHECK_VALUE(args.x.dim() >= 1, "qtoolkit::linear_weight_only: x must not be a scalar");
+  const c10::SymInt width = args.x.sym_size(-1);
+  const c10::SymInt channels = args.codes.sym_size(0);
+  TORCH_CHECK_VALUE(
+      width > 0 && args.codes.sym_size(1) == (width * args.bits + 7) / 8,
+      "qtoolkit::linear_weight_only: a row of codes must have ceil(in_features * bits / 8) bytes; "
+      "x is ",
+      describe(args.x), ", codes ", describe(args.codes), ", bits ", args.bits);
+  const c10::SymInt groups = (width + args.group_size - 1) / args.group_size;
+  const auto check_groups = [&](const char* name, const Tensor& tensor, at::ScalarType dtype) {
+    check_dtype(kOp, name, tensor, dtype);
+    check_device(kOp, name, tensor, args.x);
+    TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.sym_size(0) == channels &&
+                          tensor.sym_size(1) == groups,
+                      "qtoolkit::linear_weight_only: ", name, " must have the shape [", channels,
+                      ", ", groups, "] of the groups of ", args.group_size, " of ", width,
+                      " in_features, got ", describe(tensor));
+  };
+  check_groups("scale", args.scale, at::kFloat);
+  if (args.zero_point) check_groups("zero_point", *args.zero_point, at::kByte);
+  if (args.bias) {
+    check_dtype(kOp, "bias", *args.bias, at::kFloat);
+    check_device(kOp, "bias", *args.bias, args.x);
+    TORCH_CHECK_VALUE(args.bias->dim() == 1 && args.bias->sym_size(0) == channels,
+                      "qtoolkit::linear_weight_only: bias must hold one element for each of ",
+                      channels, " output channels, got ", describe(*args.bias));
+  }
+  if (args.table) {
+    check_dtype(kOp, "table", *args.table, at::kChar);
+    check_device(kOp, "table", *args.table, args.x);
+    TORCH_CHECK_VALUE(!args.zero_point && args.bits <= 4 && args.table->dim() == 1 &&
+                          args.table->sym_size(0) == int64_t{1} << args.bits,
+                      "qtoolkit::linear_weight_only: a table needs codes of at most 4 bits, no "
+                      "zero_point, and 2**bits elements, got ",
+                      describe(*args.table));
+  }
+  c10::SymDimVector sizes(args.x.sym_sizes().begin(), args.x.sym_sizes().end());
+  sizes.back() = channels;
+  return empty_beside(args.x, sizes, at::kFloat, at::MemoryFormat::Contiguous);
+}
+
+Tensor linear_weight_only_meta(const Tensor& x, const Tensor& codes, const Tensor& scale,
+                               const OptionalTensor& zero_point, const OptionalTensor& bias,
+                               int64_t bits, int64_t group_size, const OptionalTensor& table) {
+  const Arguments args{x, codes, scale, zero_point, bias, bits, group_size, table};
+  const Tensor y = check(args);
+  return x.scalar_type() == at::kFloat ? y : empty_beside(x, y.sym_sizes(), x.scalar_type(),
+                                                          at::MemoryFormat::Contiguous);
+}
+
+// Rows of activations in the kernel's layout.
+struct Activations {
+  AlignedBuffer<int8_t> codes;
+  std::vector<float> scale;
+  std::vector<int32_t> sums;
+  int64_t lanes = 1;
+};
+
+// Up to so many rows are multiplied one by one, each reading the weights as they lie.
+constexpr int64_t kFewRows = 4;
+
+Activations quantize(const Tensor& x, int64_t rows, const kernels::GroupedWeight& weight) {
+  Activations result;
+  result.lanes = rows <= kFewRows ? 1 : 16;
+  const int64_t blocks = (rows + result.lanes - 1) / result.lanes;
+  const int64_t padded = blocks * result.lanes;
+  result.codes = aligned_buffer<int8_t>(padded * kernels::grouped_quads(weight) * 4 +
+                                        kernels::kGroupedOverread);
+  result.scale.resize(static_cast<size_t>(padded * weight.groups()));
+  result.sums.resize(static_cast<size_t>(padded * weight.groups()));
+  const kernels::QuantizeGroupsArgs args{.weight = weight,
+                                         .x = x.const_data_ptr<float>(),
+                                         .rows = rows,
+                                         .x_row_stride = weight.width,
+                                         .lanes = result.lanes,
+                                         .codes = result.codes.get(),
+                                         .scale = result.scale.data(),
+                                         .sums = result.sums.data()};
+  at::parallel_for(
+      0, blocks, grain_of(kElementGrain, weight.width * result.lanes),
+      [&](int64_t begin, int64_t end) { kernels::quantize_groups(args, begin, end); });
+  return result;
+}
+
+Tensor linear_weight_only_cpu(const Tensor& x, const Tensor& codes, const Tensor& scale,
+                              const OptionalTensor& zero_point, const OptionalTensor& bias,
+                              int64_t bits, int64_t group_size, const OptionalTensor& table) {
+  const Tensor y = check({x, codes, scale, zero_point, bias, bits, group_size, table});
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  constexpr int64_t kMostSteps = int64_t{255} * 127;
+  TORCH_CHECK_VALUE(std::min(group_size, width) <= INT32_MAX / kMostSteps,
+                    "qtoolkit::linear_weight_only: a group of ", group_size,
+                    " could leave the int32 accumulator; the most is ", INT32_MAX / kMostSteps);
+  if (rows == 0 || codes.size(0) == 0) return y.to(x.scalar_type());
+  const Tensor dense = codes.contiguous(), scales = scale.contiguous();
+  const Tensor zeros = zero_point ? zero_point->contiguous() : Tensor();
+  const Tensor biases = bias ? bias->contiguous() : Tensor();
+  std::array<uint8_t, 16> numbers{};
+  if (table) {
+    const Tensor entries = table->contiguous();
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      const auto code = static_cast<int64_t>(i) & ((int64_t{1} << bits) - 1);
+      numbers[i] = static_cast<uint8_t>(entries.const_data_ptr<int8_t>()[code] + 128);
+    }
+  }
+  const kernels::GroupedWeight weight{
+      .bits = bits,
+      .channels = codes.size(0),
+      .width = width,
+      .group = group_size,
+      .codes = dense.const_data_ptr<uint8_t>(),
+      .row_stride = dense.size(1),
+      .scale = scales.const_data_ptr<float>(),
+      .zero_point = zero_point ? zeros.const_data_ptr<uint8_t>() : nullptr,
+      .zero = table ? 128 : 1 << (bits - 1),
+      .table = table ? numbers.data() : nullptr};
+  const Activations activations = quantize(x.to(at::kFloat).contiguous(), rows, weight);
+  const kernels::MultiplyGroupsArgs args{.weight = weight,
+                                         .rows = rows,
+                                         .lanes = activations.lanes,
+                                         .x = activations.codes.get(),
+                                         .x_scale = activations.scale.data(),
+                                         .x_sums = activations.sums.data(),
+                                         .bias = bias ? biases.const_data_ptr<float>() : nullptr,
+                                         .y = y.mutable_data_ptr<float>(),
+                                         .y_row_stride = weight.channels};
+  const int64_t blocks =
+      (weight.channels + kernels::kGroupedChannels - 1) / kernels::kGroupedChannels;
+  at::parallel_for(
+      0, blocks, grain_of(kMultiplyGrain, rows * width * kernels::kGroupedChannels),
+      [&](int64_t begin, int64_t end) { kernels::multiply_groups(args, begin, end); });
+  return y.to(x.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
+  m.def(
+      "linear_weight_only(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, "
+      "int bits, int group_size, Tensor? table) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(qtoolkit, Meta, m) { m.impl("linear_weight_only", linear_weight_only_meta); }
+TORCH_LIBRARY_IMPL(qtoolkit, CPU, m) { m.impl("linear_weight_only", linear_weight_only_cpu); }
+
+}  // namespace qtoolkit::ops
