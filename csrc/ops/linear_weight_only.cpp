@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -72,9 +73,9 @@ Tensor check(const Arguments& args) {
   if (args.table) {
     check_dtype(kOp, "table", *args.table, at::kChar);
     check_device(kOp, "table", *args.table, args.x);
-    TORCH_CHECK_VALUE(!args.zero_point && args.bits <= 4 && args.table->dim() == 1 &&
+    TORCH_CHECK_VALUE(!args.zero_point && kernel_bits(args.bits) != 8 && args.table->dim() == 1 &&
                           args.table->sym_size(0) == int64_t{1} << args.bits,
-                      "qtoolkit::linear_weight_only: a table needs codes of at most 4 bits, no "
+                      "qtoolkit::linear_weight_only: a table needs codes of 1, 2 or 4 bits, no "
                       "zero_point, and 2**bits elements, got ",
                       describe(*args.table));
   }
@@ -99,6 +100,55 @@ struct Activations {
   std::vector<int32_t> sums;
   int64_t lanes = 1;
 };
+
+// Rows of codes of 3, 5, 6 or 7 bits as bytes. Eight codes are `bits` bytes, which are spread over a
+// word in three steps: halves, quarters, eighths.
+void unpack_bytes(const uint8_t* codes, int64_t bytes, int64_t bits, int64_t width, uint8_t* to) {
+  // The lower half of the codes of each field of `step` bits.
+  const auto mask = [&](int64_t count, int64_t step) {
+    uint64_t result = 0;
+    for (int64_t at = 0; at < 64; at += step) {
+      result |= ((uint64_t{1} << (count * bits)) - 1) << at;
+    }
+    return result;
+  };
+  const auto spread = [](uint64_t word, uint64_t lower, int64_t distance) {
+    return (word & lower) | (word & ~lower) << distance;
+  };
+  const uint64_t four = mask(4, 64), two = mask(2, 32), one = mask(1, 16);
+  for (int64_t k = 0; k < width; k += 8, codes += bits, bytes -= bits, to += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, codes, static_cast<size_t>(std::min(bits, bytes)));
+    word = spread(word, four, 32 - 4 * bits);
+    word = spread(word, two, 16 - 2 * bits);
+    word = spread(word, one, 8 - bits);
+    std::memcpy(to, &word, static_cast<size_t>(std::min<int64_t>(8, width - k)));
+  }
+}
+
+// Multiplies blocks of channels of such a weight, each unpacked before.
+void multiply_unpacked(const kernels::MultiplyGroupsArgs& all, int64_t begin, int64_t end) {
+  const kernels::GroupedWeight& weight = all.weight;
+  const auto numbers = aligned_buffer<uint8_t>(kernels::kGroupedChannels * weight.width);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kernels::kGroupedChannels;
+    const int64_t count = std::min(kernels::kGroupedChannels, weight.channels - first);
+    for (int64_t i = 0; i < count; ++i) {
+      unpack_bytes(weight.codes + (first + i) * weight.row_stride, weight.row_stride, weight.bits,
+                   weight.width, numbers.get() + i * weight.width);
+    }
+    kernels::MultiplyGroupsArgs args = all;
+    args.weight.bits = 8;
+    args.weight.channels = count;
+    args.weight.codes = numbers.get();
+    args.weight.row_stride = weight.width;
+    args.weight.scale += first * weight.groups();
+    if (args.weight.zero_point != nullptr) args.weight.zero_point += first * weight.groups();
+    if (args.bias != nullptr) args.bias += first;
+    args.y += first;
+    kernels::multiply_groups(args, 0, 1);
+  }
+}
 
 // Up to so many rows are multiplied one by one, each reading the weights as they lie.
 constexpr int64_t kFewRows = 4;
@@ -158,7 +208,9 @@ Tensor linear_weight_only_cpu(const Tensor& x, const Tensor& codes, const Tensor
       .zero_point = zero_point ? zeros.const_data_ptr<uint8_t>() : nullptr,
       .zero = table ? 128 : 1 << (bits - 1),
       .table = table ? numbers.data() : nullptr};
-  const Activations activations = quantize(x.to(at::kFloat).contiguous(), rows, weight);
+  kernels::GroupedWeight as_multiplied = weight;
+  as_multiplied.bits = kernel_bits(bits);
+  const Activations activations = quantize(x.to(at::kFloat).contiguous(), rows, as_multiplied);
   const kernels::MultiplyGroupsArgs args{.weight = weight,
                                          .rows = rows,
                                          .lanes = activations.lanes,
@@ -172,7 +224,13 @@ Tensor linear_weight_only_cpu(const Tensor& x, const Tensor& codes, const Tensor
       (weight.channels + kernels::kGroupedChannels - 1) / kernels::kGroupedChannels;
   at::parallel_for(
       0, blocks, grain_of(kMultiplyGrain, rows * width * kernels::kGroupedChannels),
-      [&](int64_t begin, int64_t end) { kernels::multiply_groups(args, begin, end); });
+      [&](int64_t begin, int64_t end) {
+        if (kernel_bits(bits) == bits) {
+          kernels::multiply_groups(args, begin, end);
+        } else {
+          multiply_unpacked(args, begin, end);
+        }
+      });
   return y.to(x.scalar_type());
 }
 

@@ -101,12 +101,16 @@ class BlockRows {
       : weight_(weight),
         first_(block * kChannels),
         count_(weight.channels - first_ < kChannels ? static_cast<int>(weight.channels - first_)
-                                                    : kChannels) {}
+                                                    : kChannels) {
+    for (int i = 0; i < kChannels; ++i) {
+      channel_[i] = first_ + (i < count_ ? i : count_ - 1);
+      codes_[i] = weight.codes + channel_[i] * weight.row_stride;
+    }
+  }
 
-  int count() const { return count_; }
   __mmask16 lanes() const { return first_lanes(count_); }
-  int64_t channel(int i) const { return first_ + (i < count_ ? i : count_ - 1); }
-  const uint8_t* codes(int i) const { return weight_.codes + channel(i) * weight_.row_stride; }
+  int64_t channel(int i) const { return channel_[i]; }
+  const uint8_t* codes(int i) const { return codes_[i]; }
 
   // Scales and zero points of 16 groups from g on, those of one group side by side.
   void scales(int64_t g, float (&to)[16][16]) const {
@@ -133,6 +137,8 @@ class BlockRows {
   const GroupedWeight& weight_;
   int64_t first_;
   int count_;
+  int64_t channel_[kChannels];
+  const uint8_t* codes_[kChannels];
 };
 
 // Bytes from a row's place `at` to where it is unpacked a little later: further on in the row, or
