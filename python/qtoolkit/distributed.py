@@ -296,9 +296,10 @@ class _Exchange:
         for member in members:
             module = member.module
             shapes = [(name, *_facts(getattr(module, name))) for name in member.tensors()]
-            spec = module.spec if isinstance(module, Observer) else None
+            settings = module.settings() if isinstance(module, Observer) else {}
             role = member.quantizer is not None
-            groups.setdefault((type(module), spec, role, *shapes), []).append(member)
+            key = (type(module), *settings.items(), role, *shapes)
+            groups.setdefault(key, []).append(member)
         self.groups = list(groups.values())
         self.members = [member for group in self.groups for member in group]
         self.layout = tuple(
@@ -412,10 +413,11 @@ def _merge(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
             else values.amax(0)
             for name, values in state.items()
         }
-    merged = type(module).merge(state)
+    merged = type(module).merge_states(state)
     if merged.keys() != state.keys():
         raise NotImplementedError(
-            f"{type(module).__name__}.merge must return all of {list(state)}, got {list(merged)}"
+            f"{type(module).__name__}.merge_states must return all of {list(state)}, "
+            f"got {list(merged)}"
         )
     return merged
 

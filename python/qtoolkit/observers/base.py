@@ -48,11 +48,19 @@ def range_to_qparams(min_val: Tensor, max_val: Tensor, spec: TensorSpec) -> tupl
     return scale, zero_point.to(torch.int32)
 
 
+def _before_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """x, but where relu(x + residual) is 0 the greatest value of which that holds, up to 0."""
+    values = residual.detach().neg().clamp_(max=0)
+    if values.shape != x.shape or values.dtype != x.dtype:
+        return torch.maximum(x, values)
+    return torch.maximum(x, values, out=values)  # fresh memory costs more than the arithmetic
+
+
 class Observer(QuantizationState):
     """Records statistics of the tensors that pass and chooses scale and zero point from them.
 
     A subclass implements `observe`, keeps its state in buffers (`min_val` and `max_val` here,
-    float32), and may override `value_range`, `merge` and `reset`. It is registered with
+    float32), and may override `value_range`, `merge_states` and `reset`. It is registered with
     `@register_observer(name)`.
 
     Args:
@@ -67,6 +75,7 @@ class Observer(QuantizationState):
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("per_tensor",)
+    options: ClassVar[tuple[str, ...]] = ()  # attributes that observers to be merged share
     flags = ("enabled",)
 
     min_val: Tensor
@@ -120,8 +129,7 @@ class Observer(QuantizationState):
                 "calibrate with batches that are not empty"
             )
         with torch.no_grad():
-            recorded = x if residual is None else torch.maximum(x, (-residual).clamp(max=0))
-            recorded = recorded.detach()
+            recorded = x.detach() if residual is None else _before_relu(x.detach(), residual)
             self.observe(recorded if x.dtype in _OBSERVED else recorded.to(torch.float32))
         return x
 
@@ -181,9 +189,54 @@ class Observer(QuantizationState):
         """Records again."""
         self.enabled = True
 
+    def settings(self) -> dict[str, object]:
+        """What observers must have alike to be merged: the spec and `options`."""
+        return {"spec": self.spec, **{name: getattr(self, name) for name in self.options}}
+
+    @torch.no_grad()
+    def merge(self, other: Observer) -> None:
+        """Takes in what another observer has seen, which is not changed.
+
+        The state becomes what `merge_states` makes of both. For observers of all data that is the
+        state of one that saw everything, a histogram with its counts moved to the common bins; the
+        merged moving average is the mean of both.
+
+        Raises:
+            TypeError: the other one is of another class.
+            ValueError: it has other settings, or saw data with other channels or groups.
+        """
+        if type(other) is not type(self):
+            raise TypeError(
+                f"observer{self._for_name()}: a {type(self).__name__} cannot merge "
+                f"{type(other).__name__}"
+            )
+        theirs = other.settings()
+        for name, value in self.settings().items():
+            if value != theirs[name]:
+                raise ValueError(
+                    f"observer{self._for_name()}: cannot merge another {name}: this one has "
+                    f"{value}, the other {theirs[name]}"
+                )
+        if not other.calibrated():
+            return
+        states = {name: (own, getattr(other, name).to(own)) for name, own in self.named_buffers()}
+        if not self.calibrated():
+            for own, new in states.values():
+                own.resize_(new.shape).copy_(new)
+            return
+        for own, new in states.values():
+            if own.shape != new.shape:
+                raise ValueError(
+                    f"observer{self._for_name()}: cannot merge data of another shape: this one has "
+                    f"ranges of shape {list(own.shape)}, the other {list(new.shape)}"
+                )
+        stacked = {name: torch.stack(pair).unsqueeze(1) for name, pair in states.items()}
+        for name, merged in self.merge_states(stacked).items():
+            states[name][0].copy_(merged[0])
+
     @classmethod
-    def merge(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of observers that saw the data of all ranks; see `qtoolkit.distributed`.
+    def merge_states(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of observers that saw the data of several; see `qtoolkit.distributed`.
 
         Args:
             state: each buffer of several observers on all ranks, [ranks, observers, *shape]. A rank

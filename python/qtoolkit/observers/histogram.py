@@ -53,6 +53,8 @@ class HistogramObserver(Observer):
         name: the module that the tensor belongs to.
     """
 
+    options = ("bins",)
+
     histogram: Tensor
 
     def __init__(self, spec: TensorSpec | None = None, *, bins: int = 2048, name: str = "") -> None:
@@ -103,9 +105,9 @@ class HistogramObserver(Observer):
         self.histogram.zero_()
 
     @classmethod
-    def merge(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def merge_states(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sum of the histograms, over the range of all data."""
-        merged = super().merge(state)
+        merged = super().merge_states(state)
         total = torch.zeros_like(state["histogram"][0])
         bounds = zip(*(state[name].tolist() for name in ("min_val", "max_val")))
         lower, upper = merged["min_val"].tolist(), merged["max_val"].tolist()

@@ -24,6 +24,8 @@ class MovingAverageMinMaxObserver(Observer):
         name: the module that the tensor belongs to.
     """
 
+    options = ("averaging_constant",)
+
     def __init__(
         self,
         spec: TensorSpec | None = None,
@@ -60,7 +62,7 @@ class MovingAverageMinMaxObserver(Observer):
             running.copy_(torch.where(skipped, running, average))
 
     @classmethod
-    def merge(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def merge_states(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The mean of the averages of those ranks that saw data."""
         unseen = state["min_val"] > state["max_val"]
         count = (~unseen).sum(0)

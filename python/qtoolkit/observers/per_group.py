@@ -25,6 +25,7 @@ class PerGroupMinMaxObserver(Observer):
 
     granularities = ("per_group",)
     resizable = ("min_val", "max_val")
+    options = ("axis",)
 
     def __init__(self, spec: TensorSpec | None = None, *, axis: int = -1, name: str = "") -> None:
         super().__init__(spec, name=name)

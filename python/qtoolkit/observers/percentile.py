@@ -24,6 +24,8 @@ class PercentileObserver(HistogramObserver):
         name: the module that the tensor belongs to.
     """
 
+    options = ("bins", "percentile")
+
     def __init__(
         self,
         spec: TensorSpec | None = None,
