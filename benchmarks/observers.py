@@ -1,5 +1,4 @@
-"""Observers beside torch.ao's as multiples of a pass that reads the tensor, and what calibration
-costs beside FP32 inference.
+"""Observers beside torch.ao's, as multiples of a pass that reads the tensor.
 
 python benchmarks/observers.py --threads 2
 """
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import qtoolkit as qt
 
-from _common import make_model, markdown_table, time_interleaved  # (examples/)  isort: skip
+from _common import markdown_table, time_interleaved  # (examples/)  isort: skip
 
 Runs = dict[str, Callable[[], Any]]
 LAST = torch.channels_last
@@ -78,34 +77,6 @@ def torch_runs(x: Tensor) -> Runs:
     }
 
 
-def calibration_runs(batch: int, size: int) -> Runs:
-    """FP32 inference and calibration, in both layouts. Batches differ, so some ranges grow."""
-    model = make_model("resnet18", 1000).eval()
-    images = [_bench.structured_images(batch, size, seed) for seed in range(4)]
-    runs: Runs = {}
-    for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", LAST)):
-        inputs = [image.to(memory_format=layout) for image in images]
-        plain = make_model("resnet18", 1000).eval()
-        plain.load_state_dict(model.state_dict())
-        plain.to(memory_format=layout)
-        prepared = qt.prepare(model, example_inputs=(images[0],)).to(memory_format=layout)
-
-        def infer(plain: nn.Module = plain, inputs: list[Tensor] = inputs) -> None:
-            with torch.no_grad():
-                for image in inputs:
-                    plain(image)
-
-        def calibrate(prepared: nn.Module = prepared, inputs: list[Tensor] = inputs) -> None:
-            for module in prepared.modules():
-                if isinstance(module, qt.observers.Observer):
-                    module.reset()
-            qt.calibrate(prepared, inputs, progress=False)
-
-        runs[f"FP32, {name}"] = infer
-        runs[f"calibrate, {name}"] = calibrate
-    return runs
-
-
 def measured(runs: Runs, rounds: int, seconds: float) -> dict[str, tuple[float, float]]:
     """Minimum and median in ms."""
     samples = time_interleaved(runs, rounds, seconds)
@@ -134,30 +105,11 @@ def observer_table(ms: dict[str, tuple[float, float]]) -> str:
     return markdown_table([*header, "torch.ao least ms", "torch.ao median ms"], lines)
 
 
-def calibration_table(ms: dict[str, tuple[float, float]]) -> str:
-    lines = []
-    for name, (least, median) in ms.items():
-        fp32 = ms[f"FP32, {name.split(', ')[1]}"]
-        lines.append(
-            [
-                name,
-                f"{least:.0f}",
-                f"{median:.0f}",
-                f"{least / fp32[0]:.2f}",
-                f"{median / fp32[1]:.2f}",
-            ]
-        )
-    header = ["ResNet-18", "least ms", "median ms", "of FP32 (least)", "of FP32 (median)"]
-    return markdown_table(header, lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", type=int, nargs=4, default=[32, 64, 112, 112])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=8, help="images of a batch of calibration")
-    parser.add_argument("--size", type=int, default=224)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
@@ -167,27 +119,23 @@ def main() -> None:
     runs = observer_runs(x)
     runs |= {f"torch.ao: {name}": run for name, run in torch_runs(x).items()}
     observers = measured(runs, args.rounds, 0.02)
-    calibration = measured(calibration_runs(args.batch, args.size), max(3, args.rounds // 3), 0.1)
 
     known = _bench.facts()
-    table = f"{observer_table(observers)}\n\n{calibration_table(calibration)}"
+    table = observer_table(observers)
     shape = "x".join(map(str, args.shape))
     print(f"{shape}; {_bench.describe(known)}\n{table}")
     result = {
         **known,
-        "title": "Observers and calibration",
+        "title": "Observers",
         "command": f"python benchmarks/observers.py --threads {args.threads}",
         "table": table,
         "notes": [
             f"{shape} float32 elements. `passes`: as multiples of a pass that reads the tensor. "
             "The observers have seen a batch with the same range, so none of them widens.",
-            f"Calibration from the start, 4 batches of {args.batch} images, with the default "
-            "QConfig (histograms); FP32 inference of the same images in the same layout.",
         ],
         "facts": _bench.describe(known),
         "shape": args.shape,
-        "observers_ms": observers,
-        "calibration_ms": calibration,
+        "least_and_median_ms": observers,
     }
     _bench.write_json(f"observers_threads{args.threads}", result)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class HistogramObserver(Observer):
         name: the module that the tensor belongs to.
     """
 
-    options = ("bins",)
+    options: ClassVar[tuple[str, ...]] = ("bins",)
 
     histogram: Tensor
 
