@@ -22,6 +22,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "range_kl",
                            "range_mse",
                            "range_mse_per_channel",
+                           "rebin_histogram",
                            "conv2d",
                            "conv_transpose2d",
                            "linear",

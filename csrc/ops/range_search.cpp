@@ -1,4 +1,5 @@
-// Searches of the range that loses least when it is quantized, for observers.
+// Searches of the range that loses least when it is quantized, and wider ranges of histograms, for
+// observers.
 #include "kernels/range_search.h"
 
 #include <ATen/ops/empty.h>
@@ -280,6 +281,42 @@ TensorPair range_mse_per_channel_cpu(const Tensor& x, int64_t ch_axis, int64_t q
   return result;
 }
 
+Tensor rebin_histogram_meta(const Tensor& counts, double old_lower, double old_upper, double lower,
+                            double upper) {
+  constexpr const char* kOp = "rebin_histogram";
+  check_dtype(kOp, "counts", counts, at::kLong);
+  check_rank(kOp, "counts", counts, 1);
+  TORCH_CHECK_VALUE(std::isfinite(lower) && std::isfinite(upper) && lower < upper &&
+                        lower <= old_lower && old_lower <= old_upper && old_upper <= upper,
+                    "qtoolkit::", kOp, ": [lower, upper] must be finite and include [old_lower, ",
+                    "old_upper], got [", lower, ", ", upper, "] and [", old_lower, ", ", old_upper,
+                    "]");
+  return at::empty_symint(counts.sym_sizes(), counts.options());
+}
+
+Tensor rebin_histogram_cpu(const Tensor& counts, double old_lower, double old_upper, double lower,
+                           double upper) {
+  constexpr int64_t kCuts = 16;
+  const Tensor result = rebin_histogram_meta(counts, old_lower, old_upper, lower, upper).zero_();
+  const Tensor dense = counts.contiguous();
+  const int64_t bins = counts.numel();
+  const double width = (old_upper - old_lower) / static_cast<double>(bins * kCuts);
+  const double bins_per_unit = static_cast<double>(bins) / (upper - lower);
+  const auto* from = dense.const_data_ptr<int64_t>();
+  auto* to = result.mutable_data_ptr<int64_t>();
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    if (from[bin] == 0) continue;
+    for (int64_t cut = 0; cut < kCuts; ++cut) {
+      // Differences of rounded cut points, so that a bin's parts add up to the bin.
+      const int64_t part = from[bin] * (cut + 1) / kCuts - from[bin] * cut / kCuts;
+      const double centre = static_cast<double>(bin * kCuts + cut) + 0.5;
+      const double place = (old_lower + centre * width - lower) * bins_per_unit;
+      to[std::clamp<int64_t>(static_cast<int64_t>(place), 0, bins - 1)] += part;
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
@@ -296,18 +333,24 @@ TORCH_LIBRARY_FRAGMENT(qtoolkit, m) {
       "range_mse_per_channel(Tensor x, int ch_axis, int quant_min, int quant_max, bool symmetric) "
       "-> (Tensor, Tensor)",
       tags);
+  m.def(
+      "rebin_histogram(Tensor counts, float old_lower, float old_upper, float lower, float upper) "
+      "-> Tensor",
+      tags);
 }
 TORCH_LIBRARY_IMPL(qtoolkit, Meta, m) {
   m.impl("range_l2", range_l2_meta);
   m.impl("range_kl", range_kl_meta);
   m.impl("range_mse", range_mse_meta);
   m.impl("range_mse_per_channel", range_mse_per_channel_meta);
+  m.impl("rebin_histogram", rebin_histogram_meta);
 }
 TORCH_LIBRARY_IMPL(qtoolkit, CPU, m) {
   m.impl("range_l2", range_l2_cpu);
   m.impl("range_kl", range_kl_cpu);
   m.impl("range_mse", range_mse_cpu);
   m.impl("range_mse_per_channel", range_mse_per_channel_cpu);
+  m.impl("rebin_histogram", rebin_histogram_cpu);
 }
 
 }  // namespace qtoolkit::ops

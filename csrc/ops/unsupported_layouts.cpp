@@ -45,6 +45,7 @@ void refuse_all(torch::Library& m) {
                            "range_kl",
                            "range_mse",
                            "range_mse_per_channel",
+                           "rebin_histogram",
                            "conv2d",
                            "conv_transpose2d",
                            "linear",

@@ -160,6 +160,7 @@ SAMPLES = {
     "min_max_per_group": [(floats(), 2, -1), (floats().to(memory_format=LAST), 3, 1)],
     "histogram": [(floats(), 10, -1.0, 2.0)],
     "histogram_min_max": [(floats(), 10, -1.0, 2.0)],
+    "rebin_histogram": [(torch.arange(50), 0.0, 1.0, -1.0, 3.0)],
     "range_l2": [(torch.arange(50), *RANGE, 16)],
     "range_kl": [(torch.arange(50), *RANGE, 16)],
     "range_mse": [(torch.arange(50), *RANGE, 0, 15, False)],

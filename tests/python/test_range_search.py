@@ -350,3 +350,18 @@ def test_a_constant_is_its_own_range(name, value):
     for size in (3, 100):
         observer(torch.full((size,), value))
     assert floats(observer.value_range()) == [value, value]
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-0.3, 1.01), (-100.0, 3.0), (0.0, 7e30)])
+def test_a_wider_histogram_is_that_of_the_parts_of_bins(bounds):
+    counts = torch.randint(0, 1000, (50,), generator=torch.Generator().manual_seed(0))
+    lower, upper = bounds
+    expected = torch.zeros_like(counts)
+    for index, count in enumerate(counts.tolist()):
+        for part in range(16):
+            value = (index + (part + 0.5) / 16) / 50
+            target = int((value - lower) / ((upper - lower) / 50) + 1e-12)
+            expected[target] += count * (part + 1) // 16 - count * part // 16
+    found = ops.rebin_histogram(counts, 0.0, 1.0, lower, upper)
+    assert torch.equal(found, expected)
+    assert found.sum() == counts.sum()

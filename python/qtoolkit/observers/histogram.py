@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -13,8 +14,6 @@ from qtoolkit.observers.base import Observer
 from qtoolkit.observers.registry import register_observer
 from qtoolkit.qconfig import TensorSpec
 
-# Parts that a bin is cut into when its counts move to a wider histogram.
-_PARTS = 16
 # A value counts as this many units: a part of a count can move, and the total stays exact.
 UNITS_PER_VALUE = 2**16
 # Widths that a float32 histogram can divide into bins; outside, the values are scaled first.
@@ -80,11 +79,11 @@ class HistogramObserver(Observer):
         else:
             min_val, max_val = ops.min_max(x)
         # The range is needed on the host, so the check costs no further synchronisation.
-        if self.on_nonfinite == "error":
-            self.check_finite(min_val, max_val)
-        min_val, max_val = self._checked(min_val, max_val)
         least, greatest = min_val.item(), max_val.item()
-        if least > greatest:  # skipped
+        if not (math.isfinite(least) and math.isfinite(greatest)):
+            if self.on_nonfinite == "error":
+                self.check_finite(min_val, max_val)
+            self._checked(min_val, max_val)  # warns
             return
         if counts is None or least < lower or greatest > upper:
             self._widen(min(least, lower), max(greatest, upper))
@@ -138,11 +137,5 @@ def _rebinned(
     """The counts in as many bins over [lower, upper], which includes [old_lower, old_upper]."""
     if (lower, upper) == (old_lower, old_upper):
         return counts
-    bins = counts.numel()
-    # Differences of rounded cut points, so that a bin's parts add up to the bin.
-    cuts = torch.arange(_PARTS + 1, device=counts.device)
-    parts = (counts.unsqueeze(1) * cuts // _PARTS).diff(dim=1).flatten()
-    centre = torch.arange(parts.numel(), device=counts.device, dtype=torch.float64) + 0.5
-    value = old_lower + centre * ((old_upper - old_lower) / parts.numel())
-    target = ((value - lower) * (bins / (upper - lower))).long().clamp_(0, bins - 1)
-    return torch.zeros_like(counts).index_add_(0, target, parts)
+    moved = ops.rebin_histogram(counts.cpu(), old_lower, old_upper, lower, upper)
+    return moved.to(counts.device)

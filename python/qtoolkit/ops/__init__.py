@@ -72,6 +72,7 @@ from qtoolkit.ops.statistics import (
     range_l2,
     range_mse,
     range_mse_per_channel,
+    rebin_histogram,
 )
 from qtoolkit.ops.training import batch_norm_act, conv2d_train, max_pool2d_train
 from qtoolkit.ops.weight_only import (
@@ -137,6 +138,7 @@ __all__ = [
     "range_l2",
     "range_mse",
     "range_mse_per_channel",
+    "rebin_histogram",
     "requantize",
     "run_plan",
     "softmax",
