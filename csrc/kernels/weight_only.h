@@ -6,8 +6,8 @@
 namespace qtoolkit::kernels {
 
 // A weight [channels, width] of unsigned codes. A row of codes is a little-endian stream of bits:
-// with 4 bits, the even code of a byte is its low half. Every `group` codes have one scale (and zero
-// point); the last group may be shorter.
+// with 4 bits, the even code of a byte is its low half. Every `group` codes have one scale (and
+// zero point); the last group may be shorter.
 struct GroupedWeight {
   int64_t bits = 4;  // 1, 2, 4 or 8
   int64_t channels = 0, width = 0;
@@ -25,8 +25,8 @@ struct GroupedWeight {
   int64_t planes() const { return 8 / bits; }
 };
 
-// What is multiplied with one group: `bytes` bytes of each row of the weight, of which the last ones
-// may lie beyond the row, and the quads of activations from `quad` on.
+// What is multiplied with one group: `bytes` bytes of each row of the weight, of which the last
+// ones may lie beyond the row, and the quads of activations from `quad` on.
 struct GroupPart {
   int64_t bytes;       // a multiple of 4
   int64_t real_bytes;  // of the row
@@ -47,10 +47,10 @@ static inline int64_t grouped_quads(const GroupedWeight& weight) {
   return last.first_quad + last.bytes * weight.planes() / 4;
 }
 
-// Activations are kept in quads, four codes that are multiplied with four bytes of unpacked weights.
-// Unpacking a chunk of up to kGroupedChunk bytes of a group gives one plane of bytes for each shift:
-// code `byte * planes + plane`. So the quads of a chunk are those of its first plane, then those of
-// the second, and so on.
+// Activations are kept in quads, four codes that are multiplied with four bytes of unpacked
+// weights. Unpacking a chunk of up to kGroupedChunk bytes of a group gives one plane of bytes for
+// each shift: code `byte * planes + plane`. So the quads of a chunk are those of its first plane,
+// then those of the second, and so on.
 //
 // Rows of activations come in blocks of `lanes` (1 or 16): [block][quad][lane][4], and scales and
 // sums [block][group][lane].
@@ -64,9 +64,9 @@ struct QuantizeGroupsArgs {
   const float* x = nullptr;
   int64_t rows = 0, x_row_stride = 0;
   int64_t lanes = 1;
-  int8_t* codes = nullptr;   // [blocks, quads, lanes, 4]
-  float* scale = nullptr;    // [blocks, groups, lanes]
-  int32_t* sums = nullptr;   // [blocks, groups, lanes], of the codes
+  int8_t* codes = nullptr;  // [blocks, quads, lanes, 4]
+  float* scale = nullptr;   // [blocks, groups, lanes]
+  int32_t* sums = nullptr;  // [blocks, groups, lanes], of the codes
 };
 void quantize_groups(const QuantizeGroupsArgs& args, int64_t begin, int64_t end);
 

@@ -55,11 +55,11 @@ Tensor check(const Arguments& args) {
   const auto check_groups = [&](const char* name, const Tensor& tensor, at::ScalarType dtype) {
     check_dtype(kOp, name, tensor, dtype);
     check_device(kOp, name, tensor, args.x);
-    TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.sym_size(0) == channels &&
-                          tensor.sym_size(1) == groups,
-                      "qtoolkit::linear_weight_only: ", name, " must have the shape [", channels,
-                      ", ", groups, "] of the groups of ", args.group_size, " of ", width,
-                      " in_features, got ", describe(tensor));
+    TORCH_CHECK_VALUE(
+        tensor.dim() == 2 && tensor.sym_size(0) == channels && tensor.sym_size(1) == groups,
+        "qtoolkit::linear_weight_only: ", name, " must have the shape [", channels, ", ", groups,
+        "] of the groups of ", args.group_size, " of ", width, " in_features, got ",
+        describe(tensor));
   };
   check_groups("scale", args.scale, at::kFloat);
   if (args.zero_point) check_groups("zero_point", *args.zero_point, at::kByte);
@@ -89,8 +89,9 @@ Tensor linear_weight_only_meta(const Tensor& x, const Tensor& codes, const Tenso
                                int64_t bits, int64_t group_size, const OptionalTensor& table) {
   const Arguments args{x, codes, scale, zero_point, bias, bits, group_size, table};
   const Tensor y = check(args);
-  return x.scalar_type() == at::kFloat ? y : empty_beside(x, y.sym_sizes(), x.scalar_type(),
-                                                          at::MemoryFormat::Contiguous);
+  return x.scalar_type() == at::kFloat
+             ? y
+             : empty_beside(x, y.sym_sizes(), x.scalar_type(), at::MemoryFormat::Contiguous);
 }
 
 // Rows of activations in the kernel's layout.
@@ -101,8 +102,8 @@ struct Activations {
   int64_t lanes = 1;
 };
 
-// Rows of codes of 3, 5, 6 or 7 bits as bytes. Eight codes are `bits` bytes, which are spread over a
-// word in three steps: halves, quarters, eighths.
+// Rows of codes of 3, 5, 6 or 7 bits as bytes. Eight codes are `bits` bytes, which are spread over
+// a word in three steps: halves, quarters, eighths.
 void unpack_bytes(const uint8_t* codes, int64_t bytes, int64_t bits, int64_t width, uint8_t* to) {
   // The lower half of the codes of each field of `step` bits.
   const auto mask = [&](int64_t count, int64_t step) {
@@ -170,9 +171,8 @@ Activations quantize(const Tensor& x, int64_t rows, const kernels::GroupedWeight
                                          .codes = result.codes.get(),
                                          .scale = result.scale.data(),
                                          .sums = result.sums.data()};
-  at::parallel_for(
-      0, blocks, grain_of(kElementGrain, weight.width * result.lanes),
-      [&](int64_t begin, int64_t end) { kernels::quantize_groups(args, begin, end); });
+  at::parallel_for(0, blocks, grain_of(kElementGrain, weight.width * result.lanes),
+                   [&](int64_t begin, int64_t end) { kernels::quantize_groups(args, begin, end); });
   return result;
 }
 
@@ -222,15 +222,14 @@ Tensor linear_weight_only_cpu(const Tensor& x, const Tensor& codes, const Tensor
                                          .y_row_stride = weight.channels};
   const int64_t blocks =
       (weight.channels + kernels::kGroupedChannels - 1) / kernels::kGroupedChannels;
-  at::parallel_for(
-      0, blocks, grain_of(kMultiplyGrain, rows * width * kernels::kGroupedChannels),
-      [&](int64_t begin, int64_t end) {
-        if (kernel_bits(bits) == bits) {
-          kernels::multiply_groups(args, begin, end);
-        } else {
-          multiply_unpacked(args, begin, end);
-        }
-      });
+  at::parallel_for(0, blocks, grain_of(kMultiplyGrain, rows * width * kernels::kGroupedChannels),
+                   [&](int64_t begin, int64_t end) {
+                     if (kernel_bits(bits) == bits) {
+                       kernels::multiply_groups(args, begin, end);
+                     } else {
+                       multiply_unpacked(args, begin, end);
+                     }
+                   });
   return y.to(x.scalar_type());
 }
 

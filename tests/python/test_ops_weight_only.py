@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_reference import forced_path
 from torch import Tensor
 from torch.nn import functional
 
-from qtoolkit import ops
+from qtoolkit import _C, ops
 
 
 def random_weight(
@@ -77,21 +78,60 @@ def test_linear_is_that_of_the_dequantized_weight(bits, kind):
     assert torch.equal(half, functional.linear(x.bfloat16().float(), real, bias).bfloat16())
 
 
+def rounded_linear(x: Tensor, weight: dict, bias: Tensor | None) -> Tensor:
+    """accumulate="int8" by its definition; products and sums of the fma are made in double."""
+    bits, group_size, columns = weight["bits"], weight["group_size"], x.size(-1)
+    codes = ops.unpack_codes(weight["codes"], bits, columns).long()
+    y = torch.zeros(x.size(0), codes.size(0))
+    for g in range(weight["scale"].size(1)):
+        part = slice(g * group_size, (g + 1) * group_size)
+        x_scale = (x[:, part].abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-100)
+        q = torch.round(x[:, part] * (1 / x_scale)).long()
+        zeros = weight["zero_point"]
+        zero = 1 << (bits - 1) if zeros is None else zeros[:, g : g + 1].long()
+        sums = (q @ (codes[:, part] - zero).T).float()
+        y = (sums.double() * (weight["scale"][:, g] * x_scale).double() + y.double()).float()
+    return y if bias is None else y + bias
+
+
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 8), (3, 21), (8, 600)])
 def test_int8_sums_are_exact_within_a_group(bits, group_size):
     columns = 700 if group_size == 600 else 21
     weight = random_weight(4, columns, bits, group_size, zeros=True)
-    codes = ops.unpack_codes(weight["codes"], bits, columns).long()
     x = torch.randn(3, columns)
-    row_scale = x.abs().amax(1, keepdim=True) / 127
-    q = torch.round(x * (1 / row_scale)).long()
-    expected = torch.zeros(3, 4)
-    for g in range(weight["scale"].size(1)):
-        part = slice(g * group_size, (g + 1) * group_size)
-        centred = codes[:, part] - weight["zero_point"][:, g : g + 1].long()
-        expected = expected + (q[:, part] @ centred.T).float() * weight["scale"][:, g]
     y = ops.linear_weight_only(x, bias=None, accumulate="int8", **weight)
-    assert torch.equal(y, expected * row_scale)
+    assert torch.equal(y, rounded_linear(x, weight, None))
+
+
+@pytest.mark.parametrize("path", _C.kernel_paths("multiply_groups"))
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_path_gives_the_definitions_bits(bits, path):
+    # Few rows and many, whole groups and parts, more channels than a block and a rest.
+    for rows, columns, group_size in ((1, 256, 128), (3, 300, 64), (5, 77, 32), (37, 520, 512)):
+        for zeros in (False, True):
+            weight = random_weight(21, columns, bits, group_size, zeros=zeros)
+            x = torch.randn(rows, columns) * torch.logspace(-6, 6, rows).unsqueeze(1)
+            bias = torch.randn(21)
+            with forced_path("multiply_groups", path):
+                y = ops.linear_weight_only(x, bias=bias, accumulate="int8", **weight)
+            assert torch.equal(y, rounded_linear(x, weight, bias))
+
+
+def test_the_operator_is_checked_and_takes_tables():
+    weight = random_weight(18, 64, 4, 32)
+    table = torch.randint(-128, 128, (16,), dtype=torch.int8)
+    x = torch.randn(19, 64)
+    args = (x, weight["codes"], weight["scale"], None, None, 4, 32, table)
+    torch.library.opcheck(torch.ops.qtoolkit.linear_weight_only.default, args)
+    y = torch.ops.qtoolkit.linear_weight_only(*args)
+    weight["table"] = table.float()
+    real = ops.dequantize_codes(columns=64, **weight)
+    error = (x @ real.T - y).norm() / y.norm()
+    assert error < 0.01
+    with pytest.raises(ValueError, match="group_size must be positive and a multiple of 8"):
+        torch.ops.qtoolkit.linear_weight_only(*args[:6], 12, None)
+    with pytest.raises(ValueError, match="ceil\\(in_features"):
+        torch.ops.qtoolkit.linear_weight_only(x[:, :50], *args[1:])
 
 
 def test_rows_of_zeros_and_rows_that_are_not_finite():

@@ -8,11 +8,11 @@ namespace {
 
 using namespace avx512vnni;
 
-constexpr int kTile = 16;                       // channels, and rows of activations, of a tile
-constexpr int64_t kMostRows = 64;               // of activations at once,
-constexpr int64_t kMostChannels = 4 * kTile;    // and channels: with both the sums stay in L1
-constexpr int64_t kTileBytes = 64;              // of a channel that are multiplied at once
-constexpr int64_t kPieceNumbers = 512;          // of a channel that are unpacked at once
+constexpr int kTile = 16;                     // channels, and rows of activations, of a tile
+constexpr int64_t kMostRows = 64;             // of activations at once,
+constexpr int64_t kMostChannels = 4 * kTile;  // and channels: with both the sums stay in L1
+constexpr int64_t kTileBytes = 64;            // of a channel that are multiplied at once
+constexpr int64_t kPieceNumbers = 512;        // of a channel that are unpacked at once
 constexpr int64_t kSums = kTile * kTile;
 
 struct alignas(64) TileConfig {

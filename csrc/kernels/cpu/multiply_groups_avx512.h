@@ -26,8 +26,8 @@ class Unpack {
 
   explicit Unpack(const GroupedWeight& weight) {
     if constexpr (kTable) {
-      table_ = _mm512_broadcast_i32x4(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.table)));
+      table_ =
+          _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.table)));
     }
   }
 
@@ -82,10 +82,10 @@ inline __attribute__((always_inline)) __m512i sums_of_lanes(const __m512i (&sums
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512i* const s = sums + 4 * i;
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]),
-                                        _mm512_unpackhi_epi32(s[0], s[1]));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]),
-                                        _mm512_unpackhi_epi32(s[2], s[3]));
+    const __m512i ab =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]), _mm512_unpackhi_epi32(s[0], s[1]));
+    const __m512i cd =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]), _mm512_unpackhi_epi32(s[2], s[3]));
     four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
   }
   const auto halves = [](__m512i a, __m512i b) __attribute__((always_inline)) {
@@ -164,9 +164,9 @@ inline __attribute__((always_inline)) void for_each_plane(const Call& call) {
   one.template operator()<7>();
 }
 
-// Unpacks `bytes` bytes of one row's group, of which the last ones may lie beyond the row: planes of
-// a chunk, one after another. Whole chunks are stored whole, as tiles cannot be loaded from masked
-// stores before these have reached the cache.
+// Unpacks `bytes` bytes of one row's group, of which the last ones may lie beyond the row: planes
+// of a chunk, one after another. Whole chunks are stored whole, as tiles cannot be loaded from
+// masked stores before these have reached the cache.
 template <class Unpack>
 inline __attribute__((always_inline)) void unpack_row(const Unpack& unpack, const uint8_t* codes,
                                                       int64_t real, int64_t bytes, uint8_t* to) {
@@ -267,8 +267,7 @@ class FewRows {
 
   // From sums[channel][group] of 16 groups, `at` their first place in x_scale and x_sums.
   inline __attribute__((always_inline)) void accumulate(const int32_t* sums, int64_t at,
-                                                        int64_t count,
-                                                        const float (&scale)[16][16],
+                                                        int64_t count, const float (&scale)[16][16],
                                                         const int32_t (&zero)[16][16],
                                                         __m512& acc) const {
     __m512i rows[16];

@@ -20,8 +20,8 @@ using Quad = int32_t __attribute__((may_alias, aligned(1)));
 
 template <int64_t kStride, int kVectors, int kRows>
 inline __attribute__((always_inline)) void multiply_tile(const Piece& piece, int first,
-                                                         const int32_t* start,
-                                                         int64_t start_stride, int32_t* sums) {
+                                                         const int32_t* start, int64_t start_stride,
+                                                         int32_t* sums) {
   __m512i acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -61,8 +61,7 @@ inline __attribute__((always_inline)) void multiply_tile(const Piece& piece, int
 }
 
 template <int64_t kStride, int kVectors>
-void multiply_piece(const Piece& piece, const int32_t* start, int64_t start_stride,
-                    int32_t* sums) {
+void multiply_piece(const Piece& piece, const int32_t* start, int64_t start_stride, int32_t* sums) {
   constexpr int kRows = kVectors == 1 ? 16 : kVectors == 2 ? 8 : 4;
   for (int first = 0; first < kChannels; first += kRows) {
     multiply_tile<kStride, kVectors, kRows>(piece, first, start, start_stride, sums);
@@ -117,9 +116,8 @@ class ManyRows {
             sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(x_sums, zero));
           }
           const __m512 factor = _mm512_mul_ps(x_scale, _mm512_set1_ps(weight_.scale[at]));
-          _mm512_store_ps(&acc[i][v * 16],
-                          _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor,
-                                          _mm512_load_ps(&acc[i][v * 16])));
+          _mm512_store_ps(&acc[i][v * 16], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor,
+                                                           _mm512_load_ps(&acc[i][v * 16])));
         }
       }
     }

@@ -80,8 +80,8 @@ void multiply_groups(const MultiplyGroupsArgs& args, int64_t begin, int64_t end)
         const int64_t count = std::min(weight.group, weight.width - g * weight.group);
         for (int64_t k = 0; k < count; ++k) {
           const int64_t bit = (g * weight.group + k) * weight.bits;
-          const int code = weight.codes[n * weight.row_stride + bit / 8] >> (bit % 8) &
-                           ((1 << weight.bits) - 1);
+          const int code =
+              weight.codes[n * weight.row_stride + bit / 8] >> (bit % 8) & ((1 << weight.bits) - 1);
           const int32_t number = weight.table ? weight.table[code] : code;
           sum += (number - zero) * x[lane_position(position(weight, part, k), lane, args.lanes)];
         }

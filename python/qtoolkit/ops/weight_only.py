@@ -181,13 +181,16 @@ def linear_weight_only(
     input: float32, float16 or bfloat16 `[..., K]`; the result `[..., N]` has its dtype, 16-bit
     inputs being converted, computed in float32 and rounded once. bias: float32 `[N]`, or None.
 
-    accumulate: "float32" for inputs as they are; "int8" for inputs rounded to int8 first, each row
-    with the scale max|x| / 127 (at least 2^-100), q = round_half_even(x * (1 / scale)). Then the
-    sums of q * (code - zero_point) over a group are exact, and in float32
+    accumulate: "float32" for inputs as they are; "int8" for inputs rounded to int8 first, each
+    group of each row with its own scale x_scale = max|x| / 127 (at least 2^-100),
+    q = round_half_even(x * (1 / x_scale)). Then the sums of q * (code - zero_point) over a group
+    are exact, and in float32, over the groups in order and from 0 on,
 
-        y = row_scale * (((scale[0] * sum[0]) + scale[1] * sum[1]) + ...) + bias
+        y = fma(sum[g], scale[g] * x_scale[g], y)        and at last y + bias
 
-    With a table the products are float32. A row with NaN or infinity gives NaN there.
+    On CPU that is one operator with kernels for AVX-512 and AMX, if no table is given and a group
+    holds a multiple of 32 bits; elsewhere the last bits may differ. With a table the products are
+    float32. A group with NaN or infinity gives NaN there.
 
     The gradient is that of the input alone, as if it were not rounded. At most 2^20 weights are
     float32 at a time.
@@ -224,11 +227,13 @@ def _linear(
     table: Optional[Tensor],  # noqa: UP045
     rounded: bool,
 ) -> Tensor:
+    if rounded and table is None and input.is_cpu and _has_kernel(bits, group_size):
+        bias = None if bias is None else bias.float()
+        return torch.ops.qtoolkit.linear_weight_only(
+            input, codes, scale, zero_point, bias, bits, group_size, None
+        )
     columns = input.size(-1)
     x = input.reshape(-1, columns).float()
-    row_scale = None
-    if rounded:
-        x, row_scale = _round_rows(x)
     y = x.new_empty(x.size(0), codes.size(0))
     for begin, end in _panels(codes.size(0), columns):
         zeros = None if zero_point is None else zero_point[begin:end]
@@ -238,11 +243,15 @@ def _linear(
         else:
             weight *= _per_column(scale[begin:end], group_size, columns)
             torch.mm(x, weight.t(), out=y[:, begin:end])
-    if row_scale is not None:
-        y *= row_scale
     if bias is not None:
         y += bias
     return y.reshape(*input.shape[:-1], codes.size(0)).to(input.dtype)
+
+
+def _has_kernel(bits: int, group_size: int) -> bool:
+    kernel_bits = bits if bits in (1, 2, 4) else 8
+    # Sums of a group of 8-bit codes stay in int32.
+    return group_size * kernel_bits % 32 == 0 and group_size <= 1 << 16
 
 
 def _panels(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -252,20 +261,23 @@ def _panels(rows: int, columns: int) -> list[tuple[int, int]]:
 
 def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of rows as float32, and their scales; NaN for a row that is not finite."""
-    largest = x.abs().amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
+    largest = x.abs().amax(1, keepdim=True)
     scale = (largest / 127).clamp(min=2.0**-100)
     scale = torch.where(torch.isfinite(largest), scale, torch.nan)
     return torch.round(x * (1 / scale)), scale
 
 
 def _group_sums(x: Tensor, weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """Sums over each group, times the group's scale, added in order."""
+    """Sums over each group, times the group's scales, added in order."""
     y = x.new_zeros(x.size(0), weight.size(0))
     for g in range(scale.size(1)):
         part = slice(g * group_size, (g + 1) * group_size)
+        codes, x_scale = _round_rows(x[:, part])
         # Integer sums of up to 2^24 are exact in float32: 127 * 255 for each of 512 columns.
-        wide = x[:, part].double() if group_size > 512 else x[:, part]
-        y += (wide @ weight[:, part].to(wide.dtype).t()).float() * scale[:, g]
+        wide = codes.double() if group_size > 512 else codes
+        sums = (wide @ weight[:, part].to(wide.dtype).t()).float()
+        # In double the product is exact, so the sum is rounded once, or almost.
+        y = (sums.double() * (scale[:, g] * x_scale).double() + y.double()).float()
     return y
 
 
