@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -71,7 +72,11 @@ def test_files_take_any_batch_and_load_in_a_new_process(converted, tmp_path):
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "m.pt2").write_text("no archive")
-    with pytest.raises(ValueError, match=r"m\.pt2 is neither a program of torch\.export nor"):
+    with pytest.raises(ValueError, match=r"m\.pt2 is damaged, or no such file: File is not a zip"):
+        qt.export.load("pt2", tmp_path / "m.pt2")
+    with zipfile.ZipFile(tmp_path / "m.pt2", "w") as archive:
+        archive.writestr("m/readme.txt", "an archive of something else")
+    with pytest.raises(ValueError, match=r"m\.pt2 cannot be loaded by export\.load"):
         qt.export.load("pt2", tmp_path / "m.pt2")
 
 

@@ -194,6 +194,10 @@ SAMPLES = {
         (floats(), random_codes((7, 5), torch.int8), torch.rand(7) + 0.1, torch.rand(7), "gelu"),
         (floats(True).bfloat16(), random_codes((7, 5), torch.int8), S, None, "none"),
     ],
+    "linear_weight_only": [
+        (floats(), random_codes((7, 3)), torch.rand(7, 1), None, torch.rand(7), 4, 8, None),
+        (floats(), random_codes((7, 2)), torch.rand(7, 1), random_codes((7, 1)), None, 3, 8, None),
+    ],
     "matmul": [
         (codes(), S, Z, codes(torch.int8).mT, S, Z, S, Z, -128, 127),
         (codes(), S, Z, codes()[0, 0].mT, S, Z, None, None, 0, 255),
