@@ -21,6 +21,7 @@ def snippets(document: Path) -> list[str]:
         "README.md",
         "docs/workflow.md",
         "docs/saving.md",
+        "docs/weight_only.md",
         "docs/migrating.md",
         "docs/algorithms.md",
     ],

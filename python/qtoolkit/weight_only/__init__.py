@@ -1,6 +1,8 @@
 """Weights of few bits, for large models: any linear layer, convolution and embedding, untraced."""
 
 from qtoolkit.weight_only.awq import Awq
+from qtoolkit.weight_only.checkpoints import read_awq, read_gptq
+from qtoolkit.weight_only.folder import load_folder, save_folder
 from qtoolkit.weight_only.gptq import Gptq
 from qtoolkit.weight_only.hqq import Hqq
 from qtoolkit.weight_only.loading import skeleton
@@ -23,9 +25,13 @@ __all__ = [
     "Result",
     "RoundToNearest",
     "WeightMethod",
+    "load_folder",
     "make_weight_method",
     "quantize_weights",
+    "read_awq",
+    "read_gptq",
     "register_weight_method",
+    "save_folder",
     "skeleton",
     "weight_methods",
 ]

@@ -61,6 +61,10 @@ class Shards:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+        return sorted({path for path, *_ in self._where.values()})
+
     def entry(self, name: str) -> Entry:
         """Dtype and shape of a tensor.
 
