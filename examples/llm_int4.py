@@ -1,7 +1,7 @@
 """A language model in every weight format, by every method: perplexity, size, tokens a second.
 
 A small byte-level transformer is trained on the source of Python's own standard library, in a few
-minutes on two cores; its weights are kept, so that the next run starts with them. Then
+minutes on two cores; ``--weights FILE`` keeps its weights for the next run. Then
 
     python examples/llm_int4.py                                   # all formats and methods
     python examples/llm_int4.py --formats int4 int3 --methods rtn gptq
@@ -69,13 +69,12 @@ def tokens_per_second(model: nn.Module, prompt: Tensor, count: int) -> float:
 def byte_model(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
     """A trained model, and windows for calibration and evaluation."""
     train_text, test_text = standard_library(arguments.bytes)
+    torch.manual_seed(0)
     model = ByteModel(arguments.width, arguments.width * 5 // 2, arguments.blocks)
     kept = Path(arguments.weights) if arguments.weights else None
     if kept is not None and kept.is_file():
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        torch.manual_seed(0)
-        model = ByteModel(arguments.width, arguments.width * 5 // 2, arguments.blocks)
         train(model, train_text, arguments.steps, arguments.minutes)
         if kept is not None:
             torch.save(model.state_dict(), kept)

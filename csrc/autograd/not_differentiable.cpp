@@ -27,6 +27,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "conv_transpose2d",
                            "linear",
                            "linear_dynamic",
+                           "linear_weight_only",
                            "matmul",
                            "add",
                            "mul",

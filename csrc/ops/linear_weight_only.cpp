@@ -36,8 +36,10 @@ Tensor check(const Arguments& args) {
   check_float(kOp, "x", args.x);
   TORCH_CHECK_VALUE(args.bits >= 1 && args.bits <= 8,
                     "qtoolkit::linear_weight_only: bits must be in [1, 8], got ", args.bits);
-  TORCH_CHECK_VALUE(args.group_size > 0 && args.group_size * kernel_bits(args.bits) % 32 == 0,
-                    "qtoolkit::linear_weight_only: group_size must be positive and a multiple of ",
+  TORCH_CHECK_VALUE(args.group_size > 0 && args.group_size <= INT32_MAX &&
+                        args.group_size * kernel_bits(args.bits) % 32 == 0,
+                    "qtoolkit::linear_weight_only: group_size must be positive, below 2^31 and a "
+                    "multiple of ",
                     32 / kernel_bits(args.bits), " for codes of ", args.bits, " bits, got ",
                     args.group_size);
   check_dtype(kOp, "codes", args.codes, at::kByte);

@@ -189,7 +189,8 @@ def autoquantize(
 
     Raises:
         ValueError: no data; a batch holds NaN or infinite values; ``evaluate`` gives NaN for the
-            float model; an argument is out of range; or the folder is of another run.
+            float model; an argument is out of range; a recipe is for weights alone; or the folder
+            is of another run.
         TypeError: ``evaluate`` gives no number, or a batch is of another kind.
     """
     if not isinstance(max_drop, int | float) or not math.isfinite(max_drop) or max_drop < 0:
@@ -204,6 +205,14 @@ def autoquantize(
         loader, model, "autoquantize", example_inputs, max_batches, progress=progress
     )
     known = [get_recipe(recipe) for recipe in recipes]
+    for recipe in known:
+        if recipe.weight_only:
+            raise ValueError(
+                f"autoquantize: recipe {recipe.name!r} quantizes no activations, so no layer of it "
+                "can be left in float; give it to qt.quantize"
+            )
+    # What is left in float must not come back as one of the first or last layers.
+    base = replace(known[-1], mapping=known[-1].mapping_for(model), edges=None)
     identity = ""
     folder = None if resume is None else Path(resume)
     if folder is not None:
@@ -212,7 +221,7 @@ def autoquantize(
         identity = fingerprint(model, plain, options, *batches)
     kept = Checkpoint(None if folder is None else folder / "steps.json", identity)
     walk = _Walk(model, evaluate, float(max_drop), kept)
-    plans = _Plans(model, inputs, batches, known[-1], folder, progress)
+    plans = _Plans(model, inputs, batches, base, folder, progress)
     training = None
     if train_loader is not None:
         training = _Training(train_loader, train_step or _cross_entropy, epochs, rate)
@@ -276,14 +285,15 @@ class _Walk:
 
     def attempt(self, name: str, build: Callable[[], nn.Module]) -> bool:
         """Tries a step, or takes what an earlier run found; True if it holds."""
-        done = self.kept.state["steps"].get(name)
+        key = f"{len(self.steps)} {name}"  # two recipes may have one name
+        done = self.kept.state["steps"].get(key)
         model: nn.Module | Callable[[], nn.Module] = build
         if done is None:
             start = time.perf_counter()
             model = build()
             score = self._score(model, name)
             done = [score, model_size(model), time.perf_counter() - start]
-            self.kept.state["steps"][name] = done
+            self.kept.state["steps"][key] = done
             self.kept.save()
         score, size, seconds = done
         drop = self.float_score - score
@@ -355,7 +365,7 @@ class _Plans:
         """Names of steps, each with what makes its model, or why there is none."""
         for recipe in recipes:
             yield recipe.name, self._with(recipe)
-        worst = self._worst()
+        worst = self._worst() if max_float else []
         most = math.floor(max_float * len(worst))
         counts = [2**i for i in range(most.bit_length()) if 2**i < most]
         for count in [*counts, most] if most else []:
@@ -363,11 +373,14 @@ class _Plans:
             name = f"{self.base.name}, {named} in float"
             yield name, self._with(self._keeping(worst[:count], self.base.passes))
         name = f"{self.base.name} with AdaRound"
-        yield name, self._with(self._keeping([], _with_adaround(self.base)), "adaround")
-        if most:
-            name = f"{name}, {most} of {len(worst)} layers in float"
-            recipe = self._keeping(worst[:most], _with_adaround(self.base))
-            yield name, self._with(recipe, "adaround-float")
+        if any(algorithm.name == "adaround" for algorithm in self.base.passes):
+            yield name, "the recipe has it already"
+        else:
+            yield name, self._with(self._keeping([], _with_adaround(self.base)), "adaround")
+            if most:
+                name = f"{name}, {most} of {len(worst)} layers in float"
+                recipe = self._keeping(worst[:most], _with_adaround(self.base))
+                yield name, self._with(recipe, "adaround-float")
         if training is None:
             yield "training", "no train_loader was given"
         else:

@@ -117,7 +117,7 @@ def quantize_dynamic(
         replacements = _replacements(chosen)
     if inplace:
         result = model
-        _put(replacements, model)
+        replace_modules(replacements, model)
     else:
         try:
             result = copy.deepcopy(model, dict(replacements))
@@ -159,12 +159,13 @@ def replace_layers(model: nn.Module, names: Iterable[str]) -> list[FloatLayer]:
         else:
             floats.append(FloatLayer(name, type(layer).__name__, reason))
     with torch.no_grad():
-        _put(_replacements(chosen), model)
+        replace_modules(_replacements(chosen), model)
     leave_fast_paths(model)
     return floats
 
 
-def _put(replacements: dict[int, nn.Module], model: nn.Module) -> None:
+def replace_modules(replacements: dict[int, nn.Module], model: nn.Module) -> None:
+    """Puts modules in the place of others, by their ids, wherever these stand."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = replacements.get(id(child), child)

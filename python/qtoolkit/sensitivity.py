@@ -203,7 +203,7 @@ class _Sum:
                 raise ValueError("sensitivity: the metric gave NaN; check what it computes")
             self.metric += value * samples
 
-    def error(self, metric: str) -> float:
+    def error(self, metric: str | Metric) -> float:
         found = self.deviation
         if not found.count:
             return _NAN
@@ -231,7 +231,8 @@ def sensitivity(
     """How much each layer alone costs when it is quantized, its weight and what it reads.
 
     The float network runs once for each batch; for a layer only what depends on it runs again. So
-    the cost is about half a forward pass for each layer, format and batch, on a few batches.
+    the cost is about half a forward pass for each layer, format and batch, on a few batches. Where
+    a part of the model cannot be traced, all of it runs for each.
 
     Under ``torch.distributed`` each rank runs on its share of the data (as with
     ``DistributedSampler``), and all get the result of all data.
@@ -250,7 +251,8 @@ def sensitivity(
             first batch, or all that its dict names.
         max_batches: use so many batches at most; they are kept in memory.
         resume: a file that keeps what was done when the run is interrupted; the same call then goes
-            on from there. Each rank has its own (``.rank1``).
+            on from there. Each rank has its own (``.rank1``). It cannot tell a metric from another
+            of the same name.
         progress: show progress bars.
 
     Raises:
@@ -290,7 +292,7 @@ def sensitivity(
             error, sqnr = 0.0, float("inf")
             if qconfig is not None:
                 total = sums[layer.name, key]
-                error, sqnr = total.error(name), total.deviation.sqnr
+                error, sqnr = total.error(metric), total.deviation.sqnr
             entries.append(
                 LayerSensitivity(layer.name, layer.kind, key, error, sqnr, layer.weights)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,28 @@ def test_the_worst_layers_go_back_to_float(network):
     assert result.model is evaluate.models[3]
 
 
+def test_a_layer_stays_in_float_where_a_recipe_treats_the_first_and_last_apart(network):
+    evaluate = Scores(0.9, 0.9, 0.9)
+    result = run(network, evaluate, recipes=("w4a8",))
+    every, *fewer = (quantized_layers(m) for m in evaluate.models)
+    assert every >= {"0", "5"}
+    assert len(fewer) == 2
+    first = result.steps[1].name.removeprefix("w4a8, ").removesuffix(" in float")
+    assert first in ("0", "5")
+    assert first not in fewer[0] | fewer[1]
+    assert [step.name for step in result.steps[-2:]] == ["w4a8 with AdaRound", "training"]
+    assert result.steps[-2].why == "skipped: the recipe has it already"
+
+
+def test_recipes_of_one_name_are_tried_each(network):
+    fast = qt.get_recipe("w8a8-fast")
+    float_first = fast.mapping.set_module_name("0", None)
+    evaluate = Scores(0.5, 1.0)
+    result = run(network, evaluate, recipes=(fast, dataclasses.replace(fast, mapping=float_first)))
+    assert [step.score for step in result.steps] == [0.5, 1.0]
+    assert "0" not in quantized_layers(result.model)
+
+
 def test_training_comes_last_and_adaround_before_it(network, adaround):
     result = run(network, Scores(*[0.9] * 4, *ADAROUND, 0.999), train_loader=digits()[0][:4])
     assert result.chosen == "training"
@@ -192,6 +215,8 @@ def test_bad_arguments(network):
         run(network, accuracy, -1)
     with pytest.raises(ValueError, match="max_float must be a share"):
         run(network, accuracy, max_float=2)
+    with pytest.raises(ValueError, match="recipe 'fp16' quantizes no activations"):
+        run(network, accuracy, recipes=("w8a8", "fp16"))
     with pytest.raises(ValueError, match="train_step needs a train_loader"):
         run(network, accuracy, train_step=lambda m, b: b)
     with pytest.raises(ValueError, match="autoquantize got no data"):

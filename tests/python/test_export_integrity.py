@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qtoolkit as qt
 from qtoolkit.saving import InvalidFileError
 
-TARGETS = ["onnx", "openvino", "pt2", "tflite", "torchscript"]
+TARGETS = ["onnx", "openvino", "plan", "pt2", "tflite", "torchscript"]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,16 @@ def test_a_damaged_file_is_refused(target, quantized, x, tmp_path):
     flipped[place if place > 0 else len(good) // 2] ^= 4
     for bad in (bytes(flipped), good[: len(good) // 2], good[:-1]):
         path.write_bytes(bad)
-        with pytest.raises(InvalidFileError, match="is damaged"):
+        # A plan file has checksums of its own, and its loader says which part differs.
+        message = "cannot be loaded by" if target == "plan" else "is damaged"
+        with pytest.raises(InvalidFileError, match=message):
             qt.export.load(target, path)
+
+
+def test_a_file_needs_no_other_that_lies_beside_it(quantized, x, tmp_path):
+    path = exported("onnx", quantized, x, tmp_path)
+    path.with_name(f"{path.name}.data").write_bytes(b"weights of an earlier export")
+    assert qt.export.load("onnx", path)(x).shape == (2, 4, 6, 6)
 
 
 def test_a_file_that_belongs_to_it_is_checked_too(quantized, x, tmp_path):

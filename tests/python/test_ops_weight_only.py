@@ -107,11 +107,12 @@ def test_int8_sums_are_exact_within_a_group(bits, group_size):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_path_gives_the_definitions_bits(bits, path):
     # Few rows and many, whole groups and parts, more channels than a block and a rest.
-    for rows, columns, group_size in ((1, 256, 128), (3, 300, 64), (5, 77, 32), (37, 520, 512)):
+    shapes = ((1, 256, 128, 21), (3, 300, 64, 21), (5, 77, 32, 21), (37, 520, 512, 21))
+    for rows, columns, group_size, channels in (*shapes, (150, 64, 32, 100)):
         for zeros in (False, True):
-            weight = random_weight(21, columns, bits, group_size, zeros=zeros)
+            weight = random_weight(channels, columns, bits, group_size, zeros=zeros)
             x = torch.randn(rows, columns) * torch.logspace(-6, 6, rows).unsqueeze(1)
-            bias = torch.randn(21)
+            bias = torch.randn(channels)
             with forced_path("multiply_groups", path):
                 y = ops.linear_weight_only(x, bias=bias, accumulate="int8", **weight)
             assert torch.equal(y, rounded_linear(x, weight, bias))
@@ -128,7 +129,7 @@ def test_the_operator_is_checked_and_takes_tables():
     real = ops.dequantize_codes(columns=64, **weight)
     error = (x @ real.T - y).norm() / y.norm()
     assert error < 0.01
-    with pytest.raises(ValueError, match="group_size must be positive and a multiple of 8"):
+    with pytest.raises(ValueError, match=r"positive, below 2\^31 and a multiple of 8 for codes"):
         torch.ops.qtoolkit.linear_weight_only(*args[:6], 12, None)
     with pytest.raises(ValueError, match="ceil\\(in_features"):
         torch.ops.qtoolkit.linear_weight_only(x[:, :50], *args[1:])

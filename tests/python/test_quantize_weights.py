@@ -234,6 +234,46 @@ def test_casting_keeps_norms_in_float32(format):
             quantize(model, format)
 
 
+def test_casting_does_not_touch_a_model_of_16_bits():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).half()
+    new = quantize(model, "bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert (new[0].weight.dtype, new[1].weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_casting_leaves_out_tensors_of_modules_that_have_children():
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    new = quantize(model, "bf16", exclude="1")
+    assert {p.dtype for p in new[1].parameters()} == {torch.float32}
+    assert new[0].weight.dtype == torch.bfloat16
+
+
+def test_casts_and_codes_in_one_model():
+    model, x = decoder(), tokens(1)[0]
+    codes_first = quantize(quantize(model, "int4", 16, include="*.q"), "bf16")
+    cast_first = quantize(quantize(model, "bf16"), "int4", 16, include="*.q")
+    for both in (codes_first, cast_first):
+        assert both.blocks[0].q.bits == 4
+        y = both(x)
+        assert y.dtype == torch.bfloat16
+        assert sqnr(model(x), y.float()) > 15
+
+
+def test_resume_follows_what_the_inputs_of_a_layer_depend_on(tmp_path):
+    def make(scale: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval()
+        with torch.no_grad():
+            model[1].weight[::2] = scale
+        return model
+
+    data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(1))]
+    quantize(make(1.0), "int3", 16, "gptq", data, resume=tmp_path)
+    again = quantize(make(30.0), "int3", 16, "gptq", data, resume=tmp_path)
+    fresh = quantize(make(30.0), "int3", 16, "gptq", data)
+    assert torch.equal(again[2].codes, fresh[2].codes)
+
+
 def test_int8_activations_are_near_exact_ones():
     model, x = decoder(), tokens(1)[0]
     exact, fast = (quantize(model, "int4", 16, accumulate=a) for a in ("float32", "int8"))
@@ -256,6 +296,21 @@ def test_a_layer_that_data_never_reaches_is_rounded_and_named():
     assert "never reached" in str(qt.explain(new))
     quantize(Branches(), "int4", 8, "gptq", [{"x": torch.randn(16, 8), "twice": True}] * 2,
              exclude="unused")  # fmt: skip
+
+
+def test_a_layer_that_a_later_batch_reaches_first():
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if x.sum() > 0 else self.b(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = quantize(Either(), "int4", 8, "gptq", [torch.ones(16, 8), -torch.ones(16, 8)])
+    assert (new.a.method, new.b.method) == ("gptq", "gptq")
 
 
 def test_strange_weights():

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import sqnr
 from test_quantize_weights import quantize, same, snapshot
 from torch import Tensor, nn
 from weight_only_models import Decoder, decoder, tokens
 
 import qtoolkit as qt
 from qtoolkit.nn import QuantizedWeightLinear
+from qtoolkit.saving import InvalidFileError
 from qtoolkit.weight_only import load_folder, read_awq, read_gptq, save_folder, skeleton
 
 safetensors = pytest.importorskip("safetensors.torch", reason="writes checkpoints of others")
@@ -305,3 +307,54 @@ def test_ordinary_models_are_no_skeletons():
     with skeleton():
         pass
     assert not decoder().head.weight.is_meta
+
+
+def test_a_model_of_transformers_generates_and_loads_by_its_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    x = torch.randint(64, (1, 12))
+    new = qt.quantize_weights(model, "int8", 32, "gptq", data=[x], progress=False)
+    with torch.no_grad():
+        assert sqnr(model(x).logits, new(x).logits) > 30
+    y = new.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert y.shape == (1, 16)
+    qt.weight_only.save_folder(new, tmp_path)
+    loaded = qt.weight_only.load_folder(tmp_path)
+    assert torch.equal(loaded(x).logits, new(x).logits)
+    assert torch.equal(loaded.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False), y)
+
+
+def test_a_layer_that_stands_twice_is_saved_and_loaded(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    new = qt.quantize_weights(Twice(), "int4", 16, progress=False)
+    qt.weight_only.save_folder(new, tmp_path)
+    loaded = qt.weight_only.load_folder(tmp_path, Twice)
+    x = torch.randn(2, 16)
+    assert loaded.a is loaded.b
+    assert torch.equal(loaded(x), new(x))
+
+
+def test_gptq_groups_of_different_sizes_need_their_index():
+    codes, zeros, scales = random_layer(4, 32, 320, 3)
+    group_of = torch.arange(320) // 128
+    expected = (codes - zeros[:, group_of]).float() * scales[:, group_of].float()
+    tensors = (
+        pack_rows(codes, 4).t().contiguous(),
+        pack_rows(zeros.t(), 4),
+        scales.t().contiguous(),
+    )
+    weight, _ = read_gptq(*tensors, group_of.int(), 4, zeros_minus_one=False)
+    assert torch.equal(weight.dequantized(), expected)
+    with pytest.raises(InvalidFileError, match="groups of different sizes need g_idx"):
+        read_gptq(*tensors, None, 4, zeros_minus_one=False)

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/conv2d_output_avx512.h"
+#include "kernels/cpu/tiles_amx.h"
 
 namespace qtoolkit::kernels::amx {
 namespace {
@@ -21,15 +22,8 @@ constexpr int64_t kSumsBytes = kChannelBlock * sizeof(int32_t);  // of a pixel
 constexpr int64_t kStepWeights = kMostQuads * kQuadBytes;
 constexpr int kSums = kPixels * kChannelBlock;
 
-// The compiler does not know the tile registers: 0 to 3 hold sums, of [first or second tile of
-// pixels][first or second half of the channels], 4 and 5 pixels, 6 and 7 weights.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// For tiles of `rows` pixels and `quads` quads of each. Takes about 200 cycles.
+// Tiles 0 to 3 hold sums, of [first or second tile of pixels][first or second half of the
+// channels], 4 and 5 pixels, 6 and 7 weights. For tiles of `rows` pixels and `quads` quads of each.
 void configure(int rows, int quads) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
@@ -37,28 +31,7 @@ void configure(int rows, int quads) {
     config.row_bytes[tile] = static_cast<uint16_t>(pixels ? quads * 4 : kLanes * 4);
     config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : quads);
   }
-  // The intrinsic says of its operand only that it reads eight bytes.
-  asm volatile("ldtilecfg %0" : : "m"(config));
-}
-
-// As the intrinsics, which do not say that they read memory.
-template <int kTile>
-inline __attribute__((always_inline)) void load_tile(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-inline __attribute__((always_inline)) void store_tile(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-inline __attribute__((always_inline)) void clear_tile() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
-template <int kSum, int kPixelTile, int kWeightTile>
-inline __attribute__((always_inline)) void dot() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0"
-               :
-               : "i"(kSum), "i"(kPixelTile), "i"(kWeightTile));
+  config.load();
 }
 
 // Up to kPixels output pixels in one or two tiles. The lists are written kRows elements at a time,

@@ -1,6 +1,7 @@
 // Tiles of 16 channels times tiles of 16 rows: unpacked weights lie as the instruction wants its
 // unsigned operand, and quads of activations as it wants the signed one.
 #include "kernels/cpu/multiply_groups_avx512.h"
+#include "kernels/cpu/tiles_amx.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::kernels::amx {
@@ -15,42 +16,15 @@ constexpr int64_t kTileBytes = 64;            // of a channel that are multiplie
 constexpr int64_t kPieceNumbers = 512;        // of a channel that are unpacked at once
 constexpr int64_t kSums = kTile * kTile;
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 3 hold sums [first or second channels][first or second rows], 4 and 5 weights, 6 and 7
-// activations. Takes about 200 cycles.
+// activations.
 void configure() {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = kTile;
   }
-  // The intrinsic says of its operand only that it reads eight bytes.
-  asm volatile("ldtilecfg %0" : : "m"(config));
-}
-
-// As the intrinsics, which do not say that they read memory.
-template <int kTile>
-inline __attribute__((always_inline)) void load_tile(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-inline __attribute__((always_inline)) void store_tile(void* to) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
-               :
-               : "r"(to), "r"(int64_t{64}), "i"(kTile)
-               : "memory");
-}
-template <int kSum, int kWeights, int kRows>
-inline __attribute__((always_inline)) void dot() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0"
-               :
-               : "i"(kSum), "i"(kWeights), "i"(kRows)
-               : "memory");
+  config.load();
 }
 
 // What is multiplied at once: numbers [channels][stride], of which the last step is filled up with
@@ -93,10 +67,11 @@ inline __attribute__((always_inline)) void multiply_tiles(const Piece& piece, co
       if (kRowTiles == 2) dot<3, 5, 7>();
     }
   }
-  store_tile<0>(sums);
-  if (kRowTiles == 2) store_tile<1>(sums + sums_tile[1]);
-  if (kChannelTiles == 2) store_tile<2>(sums + sums_tile[0]);
-  if (kChannelTiles == 2 && kRowTiles == 2) store_tile<3>(sums + sums_tile[0] + sums_tile[1]);
+  store_tile<0>(sums, kTile * 4);
+  if (kRowTiles == 2) store_tile<1>(sums + sums_tile[1], kTile * 4);
+  if (kChannelTiles == 2) store_tile<2>(sums + sums_tile[0], kTile * 4);
+  if (kChannelTiles == 2 && kRowTiles == 2)
+    store_tile<3>(sums + sums_tile[0] + sums_tile[1], kTile * 4);
 }
 
 // Up to kMostChannels channels.

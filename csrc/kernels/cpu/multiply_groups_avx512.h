@@ -9,7 +9,6 @@ namespace qtoolkit::kernels::avx512vnni {
 namespace {
 
 constexpr int kChannels = kGroupedChannels;  // of a block, one for each lane of a vector
-constexpr int64_t kPieceBytes = 256;         // of a group's row that are unpacked before a product
 
 inline __attribute__((always_inline)) __mmask64 first_bytes(int64_t count) {
   return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;

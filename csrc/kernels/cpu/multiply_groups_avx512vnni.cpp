@@ -6,7 +6,8 @@ namespace {
 
 // --- many rows: 16 rows of activations in a vector, weights broadcast --------------------------
 
-constexpr int64_t kMostRows = 128;  // whose sums stay in the first level cache
+constexpr int64_t kPieceBytes = 256;  // of a group's row that are unpacked before a product
+constexpr int64_t kMostRows = 128;    // whose sums stay in the first level cache
 
 // Products of all channels of the block, as `numbers` [16][kStride], with kVectors * 16 rows.
 struct Piece {

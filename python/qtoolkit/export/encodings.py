@@ -173,7 +173,6 @@ def _run_float(program: QdqProgram) -> list[torch.Tensor]:
 class EncodingsTarget(OnnxTarget):
     """See ``onnx.onnx`` with ``form="encodings"``."""
 
-    name = "onnx"
     gives_codes = False
     converts = False
     min_opset = 18

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,14 @@ from qtoolkit.saving import InvalidFileError
 _BLOCK = 1 << 20
 _DIGITS = 64
 _FLATBUFFER_KEY = b"qtoolkit.sha256:"
+
+
+def _hash(digest: hashlib._Hash, path: Path, start: int) -> None:
+    """Adds a file from a place on."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(_BLOCK):
+            digest.update(block)
 
 
 class Integrity(Protocol):
@@ -47,21 +55,22 @@ class Seal:
     belonging: Callable[[Path], Path]
     replaces: bytes = b""
 
-    def _digest(self, path: Path, start: int) -> bytes:
+    def _digests(self, path: Path, start: int) -> Iterator[bytes]:
+        """Of the file with what belongs to it, and of the file alone: beside a file that needs no
+        other one may lie that of an earlier export."""
         digest = hashlib.sha256()
-        for part, offset in ((path, start), (self.belonging(path), 0)):
-            if not part.is_file():
-                continue
-            with part.open("rb") as file:
-                file.seek(offset)
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-        return digest.hexdigest().encode()
+        _hash(digest, path, start)
+        alone = digest.hexdigest().encode()
+        other = self.belonging(path)
+        if other.is_file():
+            _hash(digest, other, 0)
+            yield digest.hexdigest().encode()
+        yield alone
 
     def seal(self, path: Path) -> None:
         """Writes the file again with its digest in front."""
         start = len(self.replaces)
-        head = self.before + self._digest(path, start) + self.after
+        head = self.before + next(self._digests(path, start)) + self.after
         path.write_bytes(head + path.read_bytes()[start:])
 
     def check(self, path: Path) -> None:
@@ -71,7 +80,8 @@ class Seal:
             head = file.read(size)
         if not head.startswith(self.before):
             return
-        if head != self.before + self._digest(path, size) + self.after:
+        digests = self._digests(path, size)
+        if head not in [self.before + digest + self.after for digest in digests]:
             other = self.belonging(path).name
             raise InvalidFileError(
                 f"{path} is damaged: it, or {other} beside it, is not what was exported (its "
@@ -87,11 +97,12 @@ class ZipChecksums:
 
     def check(self, path: Path) -> None:
         """Raises InvalidFileError if the file is no zip archive, or a part of it is damaged."""
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except Exception as error:  # zipfile raises many kinds
-            raise InvalidFileError(f"{path} is damaged, or no such file: {error}") from error
+        with path.open("rb") as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+            except Exception as error:  # zipfile raises many kinds, OSError of a place outside too
+                raise InvalidFileError(f"{path} is damaged, or no zip archive: {error}") from error
         if damaged is not None:
             raise InvalidFileError(f"{path} is damaged: the checksum of {damaged} differs")
 
@@ -127,10 +138,7 @@ class FlatbufferSeal:
     @staticmethod
     def _digest(head: bytes, path: Path, start: int) -> bytes:
         digest = hashlib.sha256(head)
-        with path.open("rb") as file:
-            file.seek(start)
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        _hash(digest, path, start)
         return digest.hexdigest().encode()
 
     def seal(self, path: Path) -> None:
@@ -151,7 +159,8 @@ class FlatbufferSeal:
             or int.from_bytes(head[:4], "little") >= path.stat().st_size
         ):
             raise InvalidFileError(
-                f"{path} is damaged, or no such file: it has no {self.identifier.decode()} header"
+                f"{path} is damaged, or of another kind: it has no {self.identifier.decode()} "
+                "header"
             )
         if not head[8:].startswith(_FLATBUFFER_KEY):
             return

@@ -167,8 +167,8 @@ def onnx(
     Weights are int8 initializers and biases int32 ones, each behind a DequantizeLinear and in the
     file once. Codes have the name of the layer that makes them. ONNX Runtime computes convolutions,
     linear layers, sums, products, concatenations and pools between codes on codes; the report names
-    what it does not. A layer whose result is read in float, such as the last one, it computes in
-    float, or multiplies on codes and adds in float.
+    what it does not. A linear layer whose result is read in float, such as the last one, gives its
+    integer sums as float32; a convolution there is computed in float.
 
     With ``form="encodings"`` the file is the float model, batch norms folded, for toolchains that
     quantize it themselves, such as Qualcomm's: ``<stem>.encodings`` beside it names tensors of the
@@ -190,8 +190,8 @@ def onnx(
         opset: version of ONNX's operators, 21 or more.
         input_names: of the file's inputs; those of ``model.forward`` by default.
         output_names: of its outputs; the keys of a dict by default, else ``output``.
-        int4_weights: store weights whose codes fit in 4 bits so. Runtimes that have no 4-bit kernel
-            compute with them in float.
+        int4_weights: store weights whose codes fit in 4 bits so, in "qdq" form. Runtimes that have
+            no 4-bit kernel compute with them in float.
         encodings_version: "1.0.0" or "0.6.1", of the format of encodings.
         min_sqnr: see ``registry.run_export``.
 

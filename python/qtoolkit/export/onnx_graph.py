@@ -243,6 +243,9 @@ class Lowering:
     def _float_softmax(self, node: Any) -> None:
         """Puts a Clip without bounds, which changes nothing, before a softmax of codes: ONNX
         Runtime fuses DequantizeLinear, Softmax and QuantizeLinear alone."""
+        source = node.inputs[0].producer()
+        if source is None or source.op_type != "Dequantize":
+            return
         node.replace_input_with(0, self._before(node, "Clip", [node.inputs[0]]))
 
     def _reshaped(self, node: Any, value: Any, sizes: list[int]) -> Any:

@@ -27,8 +27,6 @@ def _said(error: Exception) -> str:
 
 def _is_aot_inductor(path: Path) -> bool:
     """Whether a file is a package of AOTInductor, not a program."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a program of torch.export nor one of AOTInductor")
     with zipfile.ZipFile(path) as archive:
         return any("/data/aotinductor/" in name for name in archive.namelist())
 

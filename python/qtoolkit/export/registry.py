@@ -236,7 +236,7 @@ def load(target: str, path: str | os.PathLike[str]) -> LoadedModel:
         instance.integrity.check(Path(path))
     try:
         runner = instance.load(Path(path))
-    except (ImportError, OSError, ValueError, MemoryError):
+    except (ImportError, OSError, MemoryError, InvalidFileError):
         raise
     except Exception as error:  # each runtime has its own
         reason = str(error).strip() or type(error).__name__

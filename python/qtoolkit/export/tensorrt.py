@@ -17,7 +17,7 @@ from qtoolkit.export.program import QUANTIZE, QdqProgram
 from qtoolkit.export.registry import Job, register_target, run_export
 from qtoolkit.export.report import ExportReport
 from qtoolkit.export.tensorrt_engine import TensorRtEngine, why_no_engine
-from qtoolkit.export.tensorrt_rules import check_tensorrt
+from qtoolkit.export.tensorrt_rules import violations
 from qtoolkit.export.verify import Runner
 
 #: The newest that every parser of TensorRT 10 reads (onnx-tensorrt, docs/operators.md).
@@ -76,7 +76,9 @@ class TensorRtTarget(OnnxTarget):
         super().check(job)
 
     def notes(self, path: Path) -> list[str]:
-        found = check_tensorrt(path)
+        import onnx
+
+        found = violations(onnx.load(path))  # onnx.checker has seen it when it was written
         blocking = [str(violation) for violation in found if violation.blocks]
         if blocking:
             more = f" (and {len(blocking) - 1} more)" if len(blocking) > 1 else ""

@@ -148,7 +148,7 @@ def _graphs(graph: Any) -> Iterator[Any]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.ByteSize() else ():
+            for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
                     yield from _graphs(inner)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -153,13 +153,13 @@ class Lowering(Analysis, GraphWriter):
         return handler(self, node, FLOAT)
 
     def _dequantize(self, node: fx.Node) -> Value | Weight:
-        codes, scale, zero_point, axis = node.args
+        codes, scale, zero_point, axis = (cast(Any, argument) for argument in node.args)
         if node in self.codes:
             return self.operand(codes)
-        scales = self.constants[scale]  # type: ignore[index]
-        if zero_point is not None and self.constants[zero_point].any():  # type: ignore[index]
+        scales = self.constants[scale]
+        if zero_point is not None and self.constants[zero_point].any():
             raise self.unsupported(node, "weights must be symmetric, with zero point 0")
-        return Weight(self.constants[codes], scales, axis)  # type: ignore
+        return Weight(self.constants[codes], scales, axis)
 
     def _quantize(self, node: fx.Node) -> Value:
         plan = self.plans[node]

@@ -14,7 +14,7 @@ from torch import fx
 from qtoolkit.export.tflite_flatbuffer import Quantization
 from qtoolkit.export.tflite_graph import Lowering
 from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, lowers
-from qtoolkit.export.tflite_values import NHWC, Out, Value, Weight
+from qtoolkit.export.tflite_values import FLOAT, NHWC, Out, Value, Weight
 from qtoolkit.export.tflite_windows import VALID, arguments_of, cut, pad_for_windows, pair
 
 
@@ -63,7 +63,7 @@ def _parameters(
         tensor = lowering.model.constant(name, array, quantization)
         if out.quantization is None:
             like = Value(array.shape, tuple(range(array.ndim)))
-            tensor = lowering.emit("DEQUANTIZE", [tensor], like, Out(), name=f"{name}.real")
+            tensor = lowering.emit("DEQUANTIZE", [tensor], like, FLOAT, name=f"{name}.real")
     name = lowering.free_name(f"{place}.bias")
     if out.quantization is None:
         numbers = _numbers(bias, channels).astype(np.float32)
@@ -120,7 +120,7 @@ def _conv(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     if padding == "valid":
         before = (0, 0)
     elif padding == "same":
-        before = tuple((k - 1) // 2 for k in spread)  # type: ignore[assignment]
+        before = ((spread[0] - 1) // 2, (spread[1] - 1) // 2)
     else:
         before = pair(padding)
     if flat:
@@ -181,7 +181,7 @@ def _transposed(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     values = []
     for group in range(groups):
         own = x if groups == 1 else cut(lowering, x, 1, group * rows, (group + 1) * rows)
-        pieces = _piece(weight, group, rows, 0), _piece(bias, group, result[1] // groups, 0)
+        pieces = _piece(weight, group, rows), _piece(bias, group, result[1] // groups)
         values.append(_transposed_group(lowering, node, own, *pieces, part))
     if groups == 1:
         return values[0]
@@ -189,7 +189,7 @@ def _transposed(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     return lowering.emit("CONCATENATION", values, like, out, table, fuses=True, Axis=3)
 
 
-def _piece(operand: Any, group: int, count: int, dim: int) -> Any:
+def _piece(operand: Any, group: int, count: int) -> Any:
     """The part of a group's weight or bias."""
     if operand is None:
         return None

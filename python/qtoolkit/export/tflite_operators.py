@@ -14,10 +14,9 @@ from torch import fx
 from qtoolkit.export.tflite_graph import Lowering, kind_of
 from qtoolkit.export.tflite_movers import permuted
 from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, clip_bounds, lowers
-from qtoolkit.export.tflite_values import FreeSize, Out, Value
+from qtoolkit.export.tflite_values import FLOAT, Out, Value, is_unit
 from qtoolkit.export.tflite_windows import arguments_of, mean, reduce
 
-_REAL = Out()
 _BINARY = {
     "add.Tensor": "ADD",
     "add_.Tensor": "ADD",
@@ -59,13 +58,13 @@ def _scalar(value: float) -> Value:
     return Value((), (), -1, None, np.asarray(value, np.float32), "scalar")
 
 
-def _binary(lowering: Lowering, kind: str, a: Value, b: Value, out: Out = _REAL) -> Value:
+def _binary(lowering: Lowering, kind: str, a: Value, b: Value, out: Out = FLOAT) -> Value:
     """An operator on two values, broadcast with each other."""
     if a.rank and b.rank:
         a, b = lowering.aligned([a, b])
     large = a if a.rank >= b.rank else b
     shape = tuple(
-        x if not isinstance(y, FreeSize) and y == 1 else y
+        x if is_unit(y) else y
         for x, y in zip(a.shape or (1,) * large.rank, b.shape or (1,) * large.rank)
     )
     like = Value(shape, large.order)
@@ -75,7 +74,7 @@ def _binary(lowering: Lowering, kind: str, a: Value, b: Value, out: Out = _REAL)
 def _unary(
     lowering: Lowering, kind: str, x: Value, table: str | None = None, **options: Any
 ) -> Value:
-    return lowering.emit(kind, [x], x, _REAL, table, **options)
+    return lowering.emit(kind, [x], x, FLOAT, table, **options)
 
 
 def _operand(lowering: Lowering, argument: Any, out: Out) -> Value:
@@ -167,7 +166,7 @@ def _power(lowering: Lowering, node: fx.Node, out: Out) -> Value:
     if exponent == 2:
         return _binary(lowering, "MUL", x, x)
     index = lowering.model.constant("exponent", np.asarray(exponent, np.float32))
-    return lowering.emit("POW", [x, index], x, _REAL, "PowOptions")
+    return lowering.emit("POW", [x, index], x, FLOAT, "PowOptions")
 
 
 @lowers("aten.cat.default", into=(FLOATS, INTEGERS))
@@ -226,7 +225,7 @@ def _embedding(lowering: Lowering, node: fx.Node, out: Out) -> Value:
 
 
 def _product(
-    lowering: Lowering, a: Value, b: Value, shape: Sequence[int], out: Out = _REAL
+    lowering: Lowering, a: Value, b: Value, shape: Sequence[int], out: Out = FLOAT
 ) -> Value:
     """The product of matrices in the last two dimensions."""
     swapped = (*range(b.rank - 2), b.rank - 1, b.rank - 2)
@@ -254,7 +253,7 @@ def softmax(lowering: Lowering, x: Value, dim: int) -> Value:
     dim %= x.rank
     if x.order[-1] != dim:
         x = lowering.stored_as(x, [*(d for d in x.order if d != dim), dim])
-    return lowering.emit("SOFTMAX", [x], x, _REAL, "SoftmaxOptions", Beta=1.0)
+    return lowering.emit("SOFTMAX", [x], x, FLOAT, "SoftmaxOptions", Beta=1.0)
 
 
 @lowers("aten.softmax.int", "aten._softmax.default", into=(FLOATS,))
@@ -264,8 +263,8 @@ def _softmax(lowering: Lowering, node: fx.Node, out: Out) -> Value:
 
 def _normalized(lowering: Lowering, x: Value, dims: Sequence[int], eps: float) -> Value:
     """Numbers less their mean over dimensions, divided by their deviation."""
-    centred = _binary(lowering, "SUB", x, mean(lowering, x, dims, True, _REAL))
-    variance = mean(lowering, _binary(lowering, "MUL", centred, centred), dims, True, _REAL)
+    centred = _binary(lowering, "SUB", x, mean(lowering, x, dims, True, FLOAT))
+    variance = mean(lowering, _binary(lowering, "MUL", centred, centred), dims, True, FLOAT)
     inverse = _unary(lowering, "RSQRT", _binary(lowering, "ADD", variance, _scalar(eps)))
     return _binary(lowering, "MUL", centred, inverse)
 

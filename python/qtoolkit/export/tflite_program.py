@@ -247,8 +247,6 @@ class Analysis:
         """To be raised for a node."""
         return UnsupportedError(f"{node.target} in {self.place(node)}: {why}; nothing was written")
 
-    # Values
-
 
 def quantize_outputs(program: QdqProgram, expected: Sequence[Tensor]) -> None:
     """Makes codes of a program's float outputs, in place.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qtoolkit import ops
 from qtoolkit.export.tflite_flatbuffer import Quantization
 
 NHWC = (0, 2, 3, 1)
@@ -77,7 +77,7 @@ class Weight:
 
     def real(self) -> Tensor:
         """The numbers."""
-        return torch.ops.qtoolkit_export.dequantize(self.codes, self.scale, None, self.axis)
+        return ops.qdq_dequantize(self.codes, self.scale, None, self.axis)
 
     def scales(self, channels: int) -> tuple[float, ...]:
         """A scale for each channel."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 from qtoolkit.export.tflite_flatbuffer import Quantization
 from qtoolkit.export.tflite_graph import Lowering
 from qtoolkit.export.tflite_program import CONDITIONS, FLOATS, INTEGERS, MOVERS, lowers
-from qtoolkit.export.tflite_values import LOWEST, NHWC, ONE, Out, Value
+from qtoolkit.export.tflite_values import FLOAT, LOWEST, NHWC, ONE, Out, Value
 
 SAME, VALID = 0, 1
 
@@ -237,7 +237,7 @@ def linear_map(lowering: Lowering, node: fx.Node, x: Value) -> Value:
     flat = lowering.reshape(x, (*x.shape[:2], pixels))
     flat = lowering.stored_as(flat, (0, 2, 1))
     like = Value((*result[:2], found), (0, 2, 1))
-    value = lowering.emit("BATCH_MATMUL", [constant, flat], like, Out(), "BatchMatMulOptions")
+    value = lowering.emit("BATCH_MATMUL", [constant, flat], like, FLOAT, "BatchMatMulOptions")
     return lowering.reshape(value, result)
 
 

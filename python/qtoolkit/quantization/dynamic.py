@@ -55,7 +55,7 @@ def quantize_dynamic(
     unknown = [key for key in spec if isinstance(key, str) and key not in names]
     if unknown:
         raise ValueError(f"quantize_dynamic: the model has no modules {unknown}")
-    if isinstance(model, dynamic.DYNAMIC_LAYERS):
+    if isinstance(model, dynamic.DYNAMIC_LAYERS) and _chosen(model, spec):
         return dynamic.quantize_dynamic(model, types=dynamic.DYNAMIC_LAYERS)
     result = (model if inplace else copy.deepcopy(model)).eval()
     chosen = _chosen(result, spec)

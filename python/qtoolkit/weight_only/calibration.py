@@ -121,17 +121,22 @@ class Calibrator:
 
             return hook
 
-        with ExitStack() as stack:
+        with ExitStack() as on_layers:
             for name, layer in layers.items():
                 handle = layer.register_forward_pre_hook(on_layer(name), with_kwargs=True)
-                stack.callback(handle.remove)
-            for name, module in self._model.named_modules():
-                if _is_norm(module):
-                    stack.callback(module.register_forward_hook(on_norm(name)).remove)
-                if name in self._blocks:
-                    handle = module.register_forward_hook(on_block(name), with_kwargs=True)
-                    stack.callback(handle.remove)
-            self._call(0)
+                on_layers.callback(handle.remove)
+            with ExitStack() as stack:
+                for name, module in self._model.named_modules():
+                    if _is_norm(module):
+                        stack.callback(module.register_forward_hook(on_norm(name)).remove)
+                    if name in self._blocks:
+                        handle = module.register_forward_hook(on_block(name), with_kwargs=True)
+                        stack.callback(handle.remove)
+                self._call(0)
+            for index in range(1, len(self._batches)):
+                if len(read) == len(layers):
+                    break
+                self._call(index)  # layers that the first batch does not reach
         tensors: list[Tensor] = []
         for name, tensor in read.items():
             producer = next((n for t, n in made if t is tensor), None)

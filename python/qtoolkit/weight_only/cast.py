@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit.graph.report import FloatLayer, Report, set_report
-from qtoolkit.nn.weight_only import Float32Layer
+from qtoolkit.nn.weight_only import Float32Layer, QuantizedWeight
 
 
 def cast_model(model: nn.Module, dtype: torch.dtype, chosen: set[str]) -> nn.Module:
@@ -22,15 +22,18 @@ def cast_model(model: nn.Module, dtype: torch.dtype, chosen: set[str]) -> nn.Mod
     """
     cast: dict[int, Tensor] = {}
     report = Report(converted=True)
-    norms: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            continue  # scales stay float32; what it computes in is set below
         own = (*module._parameters.items(), *module._buffers.items())
         tensors = {key: t for key, t in own if t is not None and t.is_floating_point()}
         if "norm" in type(module).__name__.lower() and tensors:
-            norms[id(module)] = module
+            for key, tensor in tensors.items():
+                if tensor.dtype != torch.float32:
+                    cast[id(tensor)] = _cast(tensor, torch.float32, f"{name}.{key}")
             reason = "norms are computed in float32"
             report.floats.append(FloatLayer(name, type(module).__name__, reason))
-        elif tensors and name not in chosen and not any(module.children()):
+        elif tensors and name not in chosen:
             reason = "it is excluded, or not included"
             report.floats.append(FloatLayer(name, type(module).__name__, reason))
         else:
@@ -39,6 +42,9 @@ def cast_model(model: nn.Module, dtype: torch.dtype, chosen: set[str]) -> nn.Mod
                     cast[id(tensor)] = _cast(tensor, dtype, f"{name}.{key}")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     new = copy.deepcopy(model, {**shared, **cast})
+    for module in new.modules():
+        if isinstance(module, QuantizedWeight):
+            module.dtype = str(dtype).removeprefix("torch.")
     for parent in list(new.modules()):
         for key, child in parent._modules.items():
             if child is not None and "norm" in type(child).__name__.lower() and _has_floats(child):

@@ -63,10 +63,13 @@ def read_gptq(
     _check("scales", scales, (groups, rows), None)
     codes = _stream(qweight.t(), bits, columns)
     zeros = _stream(qzeros, bits, rows).t().int() + int(zeros_minus_one)
-    size = -(-columns // groups)
     order = None
-    if g_idx is not None:
+    if g_idx is None:
+        require(columns % groups == 0, "groups of different sizes need g_idx")
+        size = columns // groups
+    else:
         _check("g_idx", g_idx, (columns,), g_idx.dtype)
+        size = max(1, int((g_idx == 0).sum()))
         order = torch.argsort(g_idx.long(), stable=True)
         expected = torch.arange(columns, device=g_idx.device) // size
         require(torch.equal(g_idx.long()[order], expected), f"g_idx has not groups of {size}")
@@ -99,7 +102,8 @@ def read_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
         codes = _stream(words, 4, rows).reshape(words.size(0), -1, 8)
         return codes[..., order].reshape(words.size(0), rows).t()
 
-    size = -(-columns // groups)
+    require(columns % groups == 0, f"{columns} columns cannot be {groups} groups of one size")
+    size = columns // groups
     return _packed(matrix(qweight), scales, matrix(qzeros).int(), 4, size)
 
 

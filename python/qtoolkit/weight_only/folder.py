@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qtoolkit.dynamic import replace_modules
 from qtoolkit.export.errors import MissingPackageError
 from qtoolkit.export.files import staged
 from qtoolkit.graph.report import FloatLayer, Report, get_report, set_report
@@ -82,6 +83,7 @@ def save_folder(
         "shared": shared,
         "floats": [dataclasses.asdict(f) for f in (report.floats if report else [])],
     }
+    (folder / _DOCUMENT).unlink(missing_ok=True)
     for old in (*folder.glob("model*.safetensors"), *folder.glob("*.safetensors.index.json")):
         old.unlink()
     shards = list(_shards(tensors, max_shard_size))
@@ -101,6 +103,9 @@ def save_folder(
     for key in ("config", "generation_config"):
         config: Any = getattr(model, key, None)
         if hasattr(config, "save_pretrained"):
+            config = copy.deepcopy(config)
+            if key == "config":  # as transformers' own save_pretrained does
+                config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
     # The last one, as a folder without it is not whole.
     _write_json(folder / _DOCUMENT, document)
@@ -200,11 +205,6 @@ def _transformers_model(folder: Path) -> Callable[[], nn.Module]:
     return make
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    model.get_submodule(parent)._modules[key] = new
-
-
 def _load_own(folder: Path, model: nn.Module) -> None:
     document = _json(folder / _DOCUMENT)
     require(document.get("format") == _FORMAT, f"{folder / _DOCUMENT} is of another program")
@@ -246,7 +246,7 @@ def _load_own(folder: Path, model: nn.Module) -> None:
             require(isinstance(made, QuantizedWeight), f"{name} has no weight of codes")
             shape = tuple(modules[name].weight.shape)
             require(tuple(made.shape) == shape, f"{name} has the shape {made.shape}, not {shape}")
-            _replace(model, name, made.eval())
+            replace_modules({id(modules[name]): made.eval()}, model)
         _fill(model, read, str(folder))
     floats = document.get("floats", [])
     names = {field.name for field in dataclasses.fields(FloatLayer)}
@@ -318,6 +318,6 @@ def _load_foreign(folder: Path, model: nn.Module) -> None:
             input_order=order,
         )
         new.source = name
-        _replace(model, name, new.eval())
+        replace_modules({id(layer): new.eval()}, model)
     _fill(model, lambda name: shards.read(name) if name in shards else None, str(folder))
     set_report(model, report)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qtoolkit.weight_only.shards import Shards
 
@@ -19,20 +19,19 @@ def skeleton() -> Iterator[None]:
 
     For threads: modules that others make meanwhile are made so too.
     """
-    register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: Any) -> None:
-        register(module, name, parameter)
-        known = module._parameters.get(name)
-        if known is not None and not known.is_meta:
-            moved = nn.Parameter(known.detach().to("meta"), requires_grad=known.requires_grad)
-            module._parameters[name] = moved
+    def on_meta(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta:
+            return None
+        moved = parameter.detach().to("meta")
+        return nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore
+    # PyTorch's annotation forgets the result.
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        handle.remove()
 
 
 class Source:
