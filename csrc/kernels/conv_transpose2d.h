@@ -46,5 +46,9 @@ Border transposed_border(const std::vector<TransposedAxis>& axes, int64_t in_siz
 void transposed_weight(const Conv2dShape& part, const TransposedTaps& rows,
                        const TransposedTaps& columns, int64_t kernel_height, int64_t kernel_width,
                        const int8_t* weight, int8_t* result);
+// The way back: writes the elements of `weight` that the convolution's weight `part_weight` has.
+void untransposed_weight(const Conv2dShape& part, const TransposedTaps& rows,
+                         const TransposedTaps& columns, int64_t kernel_height, int64_t kernel_width,
+                         const int8_t* part_weight, int8_t* weight);
 
 }  // namespace qtoolkit::kernels

@@ -1,6 +1,7 @@
 // Small programs for the tests of the engine.
 #pragma once
 
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -68,6 +69,36 @@ class Builder {
       set_qparams(step, "residual", scale(residual).scale, scale(residual).zero_point);
     }
     if (y.scale != 0) set_qparams(step, "output", y.scale, y.zero_point);
+    return add(step, y);
+  }
+
+  // Twice the size.
+  int64_t conv_transpose2d(int64_t x, int64_t in, int64_t out, Scale y) {
+    StepData step{.kind = "conv_transpose2d", .name = "up", .inputs = {x}};
+    step.integers = {{"stride", {2, 2}},   {"padding", {1, 1}}, {"output_padding", {1, 1}},
+                     {"dilation", {1, 1}}, {"groups", {1}},     {"relu", {0}}};
+    add_weight(step, {in, out, 3, 3}, out);
+    set_qparams(step, "input", scale(x).scale, scale(x).zero_point);
+    set_qparams(step, "output", y.scale, y.zero_point);
+    return add(step, y);
+  }
+
+  int64_t layer_norm(int64_t x, int64_t channels, Scale y) {
+    StepData step{.kind = "layer_norm", .name = "norm", .inputs = {x}};
+    step.integers["eps"] = {std::bit_cast<int64_t>(1e-5)};
+    for (const char* name : {"weight", "bias"}) {
+      step.constants[name] =
+          constant(DType::float32, {channels}, random_.reals(channels, -1.0f, 1.0f));
+    }
+    set_qparams(step, "input", scale(x).scale, scale(x).zero_point);
+    set_qparams(step, "output", y.scale, y.zero_point);
+    return add(step, y);
+  }
+
+  int64_t softmax(int64_t x, Scale y) {
+    StepData step{.kind = "softmax", .name = "softmax", .inputs = {x}};
+    set_qparams(step, "input", scale(x).scale, scale(x).zero_point);
+    set_qparams(step, "output", y.scale, y.zero_point);
     return add(step, y);
   }
 
@@ -153,17 +184,19 @@ class Builder {
   }
   Scale scale(int64_t value) const { return scales_[static_cast<size_t>(value)]; }
 
-  void add_weight(StepData& step, const std::vector<int64_t>& shape) {
+  // `channels`: of the output, the first size if 0.
+  void add_weight(StepData& step, const std::vector<int64_t>& shape, int64_t channels = 0) {
+    if (channels == 0) channels = shape[0];
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
     std::vector<int8_t> weight(static_cast<size_t>(count));
     for (int8_t& w : weight) w = static_cast<int8_t>(random_.integer(-127, 127));
-    std::vector<int32_t> bias(static_cast<size_t>(shape[0]));
+    std::vector<int32_t> bias(static_cast<size_t>(channels));
     for (int32_t& b : bias) b = static_cast<int32_t>(random_.integer(-2000, 2000));
     step.constants["weight"] = constant(DType::int8, shape, weight);
-    step.constants["bias"] = constant(DType::int32, {shape[0]}, bias);
+    step.constants["bias"] = constant(DType::int32, {channels}, bias);
     step.constants["weight_scale"] =
-        constant(DType::float32, {shape[0]}, random_.reals(shape[0], 0.001f, 0.004f));
+        constant(DType::float32, {channels}, random_.reals(channels, 0.001f, 0.004f));
   }
 
   ProgramData data_;
@@ -189,8 +222,11 @@ inline ProgramData small_network() {
   const int64_t gate = b.lookup(squeezed, {0.004f, 0});
   const int64_t gated = b.mul(gate, wide, {0.02f, 20});
   const int64_t local = b.conv2d(gated, 40, 40, 3, 1, {0.02f, 30}, -1, 40);
-  const int64_t mean = b.global_average(local, {0.02f, 0});
-  return b.data({b.linear(mean, 40, 10), b.dequantize(sum)});
+  const int64_t up = b.conv_transpose2d(local, 40, 24, {0.03f, 120});
+  const int64_t mean = b.global_average(up, {0.02f, 100});
+  const int64_t norm = b.layer_norm(mean, 24, {0.02f, 110});
+  const int64_t both = b.cat({norm, b.softmax(norm, {0.004f, 0})}, {0.02f, 110});
+  return b.data({b.linear(both, 48, 10), b.dequantize(sum)});
 }
 
 // Each thread a std::thread, so that sanitizers see where they start and end.

@@ -22,6 +22,26 @@ from qtoolkit.nn.plan import Plan, PlanLayer, PlanReport, StepReport
 #: Version of the plans that this package writes, as in ``csrc/engine/program.h``.
 _VERSION = 1
 _TYPES = {torch.float32: 0, torch.uint8: 1, torch.int8: 2}
+# Dimensions of what a step reads, where it does not take 2, 3 and 4.
+_RANKS = {
+    "linear": (2, 3),
+    "layer_norm": (2, 3),
+    "batch_norm": (2, 4),
+    "flatten": (2, 4),
+    "conv2d": (4,),
+    "conv_transpose2d": (4,),
+    "max_pool2d": (4,),
+    "avg_pool2d": (4,),
+    "adaptive_avg_pool2d": (4,),
+    "pad": (4,),
+    "upsample_nearest2d": (4,),
+    "upsample_bilinear2d": (4,),
+    "channel_shuffle": (4,),
+    "pixel_shuffle": (4,),
+    "pixel_unshuffle": (4,),
+}
+# Steps that work along the channels, the attribute ``dim`` of their module.
+_ALONG_CHANNELS = ("cat", "softmax")
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,11 @@ def _is_part(node: fx.Node) -> bool:
     )
 
 
+def _channels(rank: int) -> int:
+    """The dimension that a plan takes for the channels."""
+    return 1 if rank == 4 else rank - 1
+
+
 def _flattens(node: fx.Node) -> bool:
     """True for ``flatten(x, 1)`` as a function, method or module's call."""
     if node.op == "call_function" and node.target is torch.flatten:
@@ -121,11 +146,13 @@ class _Compiler:
         called = called_module(node, self.module)
         if isinstance(called, QuantizedModule):
             step = called.plan_step_of_call([s.dtype for s in seen], _numbers(node))
-            # A plan's images have their channels first, those of a linear layer are last.
-            if step is not None and step.kind == "linear" and len(seen[0].shape) == 4:
+            rank = len(seen[0].shape)
+            if step is None or rank not in _RANKS.get(step.kind, (2, 3, 4)):
+                return None
+            if step.kind in _ALONG_CHANNELS and called.dim % rank != _channels(rank):
                 return None
             # Other broadcasting is left to the operators.
-            if step is not None and len(seen) == 2 and step.kind in ("add", "conv2d", "mul"):
+            if len(seen) == 2 and step.kind in ("add", "conv2d", "mul"):
                 shape = self.seen[node].shape
                 same = {s.shape == shape for s in (seen[1:] if step.kind == "conv2d" else seen)}
                 gated = {shape, (*shape[:2], 1, 1)} == {s.shape for s in seen}
@@ -139,7 +166,7 @@ class _Compiler:
             flatten = called if isinstance(called, nn.Flatten) else None
             if flatten is not None and (flatten.start_dim, flatten.end_dim) != (1, -1):
                 return None
-            if len(seen[0].shape) == 3:
+            if len(seen[0].shape) not in _RANKS["flatten"]:
                 return None
             return PlanStep("flatten")
         return None
@@ -160,7 +187,7 @@ class _Compiler:
         if parts is None or source.dtype == torch.float32 or not -len(parts) <= index < len(parts):
             return None
         index %= len(parts)
-        channels = 1 if len(source.shape) == 4 else len(source.shape) - 1
+        channels = _channels(len(source.shape))
         others = [p.shape[:channels] + p.shape[channels + 1 :] for p in parts]
         whole = source.shape[:channels] + source.shape[channels + 1 :]
         if any(other != whole for other in others):

@@ -19,6 +19,8 @@ from qtoolkit.nn.weights import (
     swap_channels,
 )
 
+# What the engine takes for a transposed convolution.
+_LARGEST_STRIDE = 64
 # What all of them are made of, for ``saved``.
 _CONV: dict[str, Any] = {
     "stride": list[int],
@@ -324,6 +326,25 @@ class ConvTranspose2d(QuantizedModule):
             self.quant_max,
             self.relu,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        if max(self.stride) > _LARGEST_STRIDE:
+            return None
+        step = PlanStep(
+            "conv_transpose2d",
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            relu=self.relu,
+        )
+        step.constant("weight", self.weight)
+        step.constant("weight_scale", self.weight_scale.reshape(-1))
+        step.constant("bias", self.bias)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def prepare_float(self) -> None:
         add_bias_scale(self)

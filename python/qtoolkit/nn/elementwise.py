@@ -196,9 +196,7 @@ class Cat(QuantizedModule):
             self.quant_max,
         )
 
-    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
-        if self.dim != 1:
-            return None
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
         step = PlanStep("cat")
         for i, dtype in enumerate(dtypes):
             step.input(f"input{i}", self.input_scales[i], self.input_zero_points[i], dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtoolkit import ops
-from qtoolkit.nn.base import QParams, QuantizedModule, code_format, saved
+from qtoolkit.nn.base import PlanStep, QParams, QuantizedModule, code_format, saved
 
 
 @saved(dim=int, input=QParams, output=QParams)
@@ -33,6 +35,12 @@ class Softmax(QuantizedModule):
             self.quant_min,
             self.quant_max,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
+        step = PlanStep("softmax")
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def float_forward(self, x: Tensor) -> Tensor:
         return functional.softmax(x, self.dim)
@@ -89,6 +97,20 @@ class LayerNorm(QuantizedModule):
             self.quant_min,
             self.quant_max,
         )
+
+    def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
+        if len(self.normalized_shape) != 1:
+            return None
+        (bits,) = struct.unpack("<q", struct.pack("<d", self.eps))  # no constant is float64
+        step = PlanStep("layer_norm", eps=bits)
+        shape = self.normalized_shape
+        device = self.input_scale.device
+        weight, bias = self.weight, self.bias
+        step.constant("weight", torch.ones(shape, device=device) if weight is None else weight)
+        step.constant("bias", torch.zeros(shape, device=device) if bias is None else bias)
+        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step.output(self)
+        return step
 
     def float_forward(self, x: Tensor) -> Tensor:
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
