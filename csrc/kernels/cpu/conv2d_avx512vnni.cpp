@@ -56,15 +56,16 @@ inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i x, __m512i 
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
 }
 
-// The quad of bytes at x + kScale * index in every lane. Written out because GCC 12 would rather
-// advance one pointer per pixel, and fourteen do not fit the registers. The last operand only tells
-// the compiler that memory is read.
-template <int kScale = 1>
+// The quad of bytes at x + kScale * index + kBytes in every lane. Written out because GCC 12 would
+// rather advance one pointer per pixel, and fourteen do not fit the registers. The last operand
+// only tells the compiler that memory is read.
+template <int kScale, int kBytes>
 inline __attribute__((always_inline)) __m512i quad_at(const uint8_t* x, int64_t index) {
   __m512i quad;
-  asm("vpbroadcastd (%1, %2, %c3), %0"
+  asm("vpbroadcastd %c4(%1, %2, %c3), %0"
       : "=v"(quad)
-      : "r"(x), "r"(index), "i"(kScale), "m"(*reinterpret_cast<const char(*)[1 << 20]>(x)));
+      : "r"(x), "r"(index), "i"(kScale), "i"(kBytes),
+        "m"(*reinterpret_cast<const char(*)[1 << 20]>(x)));
   return quad;
 }
 
@@ -83,33 +84,35 @@ class Runs {
   Runs(const Layer& layer, const Tile& tile)
       : layer_(layer), tile_(tile), step_(layer.x_step), step3_(3 * step_), step5_(5 * step_) {}
 
-  // Goes to the taps at an offset from each pixel's first, and to the next quad.
+  // Goes to the taps at an offset from each pixel's first, and to the quads after these.
   __attribute__((always_inline)) void start(int64_t offset) {
     const uint8_t* const x = unknown(layer_).x + offset;
     at0_ = x + unknown(tile_).run[0].x;
     at1_ = x + unknown(tile_).run[1].x;
   }
-  __attribute__((always_inline)) void next() {
-    at0_ += 4;
-    at1_ += 4;
+  __attribute__((always_inline)) void advance(int quads) {
+    at0_ += 4 * quads;
+    at1_ += 4 * quads;
   }
+  template <int kQuad>
   __attribute__((always_inline)) __m512i quad(int p) const {
+    constexpr int kBytes = 4 * kQuad;
     const uint8_t* const x = p < kTilePixels ? at0_ : at1_;
     switch (p % kTilePixels) {
       case 0:
-        return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x));
+        return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x + kBytes));
       case 1:
-        return quad_at<1>(x, step_);
+        return quad_at<1, kBytes>(x, step_);
       case 2:
-        return quad_at<2>(x, step_);
+        return quad_at<2, kBytes>(x, step_);
       case 3:
-        return quad_at<1>(x, step3_);
+        return quad_at<1, kBytes>(x, step3_);
       case 4:
-        return quad_at<4>(x, step_);
+        return quad_at<4, kBytes>(x, step_);
       case 5:
-        return quad_at<1>(x, step5_);
+        return quad_at<1, kBytes>(x, step5_);
       default:
-        return quad_at<2>(x, step3_);
+        return quad_at<2, kBytes>(x, step3_);
     }
   }
 
@@ -145,8 +148,11 @@ class Pixels {
   Pixels(const Layer&, const Tile& tile) : x_(tile.x) {}
 
   __attribute__((always_inline)) void start(int64_t offset) { at_ = offset; }
-  __attribute__((always_inline)) void next() { at_ += 4; }
-  __attribute__((always_inline)) __m512i quad(int p) const { return quad_at(x_[p], at_); }
+  __attribute__((always_inline)) void advance(int quads) { at_ += 4 * quads; }
+  template <int kQuad>
+  __attribute__((always_inline)) __m512i quad(int p) const {
+    return quad_at<1, 4 * kQuad>(x_[p], at_);
+  }
 
   class Places {
    public:
@@ -184,18 +190,31 @@ inline __attribute__((always_inline)) void accumulate(const Layer& layer, const 
     const Layer& l = unknown(layer);
     input.start(offset);
     const int8_t* const end = w + l.run_weights;
-    for (; w != end; w += 4 * kChannelBlock, input.next()) {
+    const auto multiply = [&]<int kQuad>() __attribute__((always_inline)) {
+      const int8_t* const from = w + kQuad * kQuadBytes;
       __m512i weight[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(w + v * 4 * kLanes);
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      ahead += kAheadStep;
+      for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_si512(from + v * 4 * kLanes);
 #pragma GCC unroll 14
       for (int p = 0; p < kPixels; ++p) {
-        const __m512i quad = input.quad(p);
+        const __m512i quad = input.template quad<kQuad>(p);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
       }
+    };
+    // Two quads a turn, as what counts and compares takes the multiplier's ports.
+    for (; end - w >= 2 * kQuadBytes; w += 2 * kQuadBytes, input.advance(2)) {
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      ahead += 2 * kAheadStep;
+      multiply.template operator()<0>();
+      multiply.template operator()<1>();
+    }
+    if (w != end) {
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      ahead += kAheadStep;
+      multiply.template operator()<0>();
+      w += kQuadBytes;
+      input.advance(1);
     }
     ++run;
     const bool row_ends = run == l.runs;
