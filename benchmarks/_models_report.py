@@ -43,11 +43,9 @@ def peak_path(result: Result) -> str | None:
 
 
 def share_of_peak(result: Result, name: str) -> float | None:
+    """The median over rounds: a candidate's speed as a share of the peak's in the same round."""
     path = peak_path(result)
-    if path is None:
-        return None
-    seconds = result["macs"] / result["peak_macs_per_second"][path]
-    return seconds / (result["min_ms"][name] * 1e-3)
+    return None if path is None else result["shares_of_peak"][path][name]
 
 
 def number(value: float | None, digits: int) -> str:

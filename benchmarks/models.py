@@ -137,6 +137,13 @@ def take_turns(
     return samples
 
 
+def by_rounds(values: list[float], rounds: int) -> list[float]:
+    """What the calls of `take_turns` gave, a mean for each round. The first call was its trial."""
+    values = values[1:]
+    calls = len(values) // rounds
+    return [statistics.fmean(values[i * calls : (i + 1) * calls]) for i in range(rounds)]
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One configuration, in this process."""
     if args.isa != "native":
@@ -174,6 +181,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runs = {c.name: c.run for c in candidates}
     runs |= {f"peak {path}": measure_peak(path) for path in paths}
     samples = take_turns(runs, args.rounds)
+    macs = multiply_adds(model, images)
+    speeds = {path: by_rounds(values, args.rounds) for path, values in peaks.items()}
     layers = {}
     if args.layers:
         layers = {c.name: [asdict(layer) for layer in c.layers()] for c in candidates if c.layers}
@@ -184,8 +193,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch": batch,
         "size": args.size,
         "rounds": args.rounds,
-        "macs": multiply_adds(model, images),
-        "peak_macs_per_second": {path: max(values) for path, values in peaks.items()},
+        "macs": macs,
+        "peak_macs_per_second": {path: max(values) for path, values in speeds.items()},
+        "shares_of_peak": {
+            path: {
+                c.name: statistics.median(
+                    macs / (ms * 1e-3) / speed for ms, speed in zip(samples[c.name], values)
+                )
+                for c in candidates
+            }
+            for path, values in speeds.items()
+        },
         "min_ms": {c.name: min(samples[c.name]) for c in candidates},
         "median_ms": {c.name: statistics.median(samples[c.name]) for c in candidates},
         "sqnr_db": sqnr,

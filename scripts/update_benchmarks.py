@@ -22,9 +22,10 @@ Everything in a table took turns in one run; compare ratios, as absolute times c
 to machine.
 """
 SUMMARY = (
-    "INT8 at 224x224 with random weights: qtoolkit's time, as a share of what its instruction's "
-    "peak would allow, and as a share of the time of each peer's fastest form. Every row is a run "
-    "of its own; what each candidate really ran is in its file."
+    "INT8 at 224x224 with random weights: qtoolkit's time, its speed as a share of that of a loop "
+    "of its instruction on registers alone (the median over rounds, in which all take turns), and "
+    "its time as a share of that of each peer's fastest form. Every row is a run of its own; what "
+    "each candidate really ran is in its file."
 )
 
 

@@ -41,6 +41,7 @@ def result(model="resnet18", isa="avx512vnni", **changes):
         "batch": 1,
         "macs": 1_500_000_000,
         "peak_macs_per_second": {"avx512vnni": 500e9},
+        "shares_of_peak": {"avx512vnni": {name: 3.0 / value for name, value in times.items()}},
         "min_ms": times,
         "median_ms": {name: 1.5 * value for name, value in times.items()},
         "sqnr_db": {"qtoolkit scripted": 21.5},
@@ -80,6 +81,12 @@ def test_multiply_adds_are_counted():
 
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 5))
     assert models.multiply_adds(model, torch.zeros(2, 4, 3, 3)) == 2 * (6 * 2 * 9 + 6 * 5)
+
+
+def test_speeds_are_those_of_rounds():
+    import models
+
+    assert models.by_rounds([9.0, 1.0, 3.0, 5.0, 7.0], rounds=2) == [2.0, 6.0]
 
 
 def test_runs_take_turns():
