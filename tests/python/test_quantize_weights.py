@@ -85,6 +85,22 @@ def test_awq_folds_factors_into_norms_and_keeps_the_others():
     assert new.blocks[0].down.input_factor is not None
 
 
+def test_awq_gives_the_layer_of_the_output_no_factor():
+    model = decoder()
+    with torch.no_grad():
+        model.norm.weight[3] = 20.0  # a column that factors would serve
+    alone = qt.quantize_weights(model, "int3", 16, "awq", tokens(), include="head", progress=False)
+    inside = qt.quantize_weights(
+        nn.Sequential(model, nn.Softmax(-1)), "int3", 16, "awq", tokens(), include="0.head",
+        progress=False,
+    )  # fmt: skip
+    assert alone.head.input_factor is None
+    assert torch.equal(alone.norm.weight, model.norm.weight)
+    assert inside[0].head.input_factor is not None or not torch.equal(
+        inside[0].norm.weight, model.norm.weight
+    )
+
+
 def test_awq_folds_no_factor_where_something_else_reads_the_norm():
     class Residual(nn.Module):
         def __init__(self) -> None:

@@ -117,33 +117,51 @@ def test_a_short_last_group_counts_only_what_it_has(format):
     assert grouped(w, 16).shape == (10, 16)
 
 
-def slow_gptq(w: Tensor, grid: Grid, h: Tensor, damping: float, act_order: bool) -> Tensor:
-    """Optimal brain quantization: the inverse Hessian of the columns that are left, each time."""
-    w, h = w.double().clone(), h.double()
-    plain = h.diagonal().float()
-    h = h + torch.eye(len(h)) * damping * h.diagonal().mean()
-    order = list(range(len(h)))
-    if act_order:
-        order = torch.argsort(plain, descending=True, stable=True).tolist()
-    importance = plain + plain.mean() * 1e-4
-    coded = code_matrix(grid, w.float(), importance)
-    result = torch.zeros_like(w)
-    left = list(order)
-    for column in order:
-        group = column // grid.group_size
-        scale = coded.scale[:, group : group + 1]
-        zero = None if coded.zero_point is None else coded.zero_point[:, group : group + 1]
-        code = grid.codes(w[:, column : column + 1].float(), scale, zero)
-        result[:, column] = (grid.levels(code, zero) * scale)[:, 0].double()
-        inverse = torch.linalg.inv(h[left][:, left])
-        at = left.index(column)
-        error = (w[:, column] - result[:, column]) / inverse[at, at]
-        w[:, left] -= error[:, None] * inverse[at]
-        left.remove(column)
+def slow_fit(w: Tensor, values: Tensor, grid: Grid, h: Tensor) -> Tensor:
+    """Values whose groups are scaled, row by row, to the least error of the outputs."""
+    if grid.format.block_size:
+        return values
+    h = h.double() + torch.eye(len(h)) * 0.01 * h.double().diagonal().mean()
+    root = torch.linalg.cholesky(h).T
+    result = values.double().clone()
+    parts = torch.arange(w.size(1)).split(grid.group_size)
+    for row in range(len(w)):
+        seen = torch.stack([root[:, part] @ result[row, part] for part in parts], 1)
+        factors = torch.linalg.lstsq(seen, (root @ w[row].double())[:, None]).solution[:, 0]
+        if bool((factors > 0).all()):
+            for part, factor in zip(parts, factors):
+                result[row, part] *= factor
     return result.float()
 
 
-@pytest.mark.parametrize("format", ["int4", "int2", "ternary", "nf4", "nvfp4"])
+def slow_gptq(w: Tensor, grid: Grid, h: Tensor, damping: float, act_order: bool) -> Tensor:
+    """Optimal brain quantization: the inverse Hessian of the columns that are left, each time."""
+    start, largest = w, float(w.abs().max())
+    w, h = w.double().clone(), h.double()
+    plain = h.diagonal().float()
+    damped = h + torch.eye(len(h)) * damping * h.diagonal().mean()
+    parts = [part.tolist() for part in torch.arange(len(h)).split(grid.group_size)]
+    if act_order:
+        parts = [sorted(part, key=lambda c: -float(plain[c])) for part in parts]
+        parts.sort(key=lambda part: -float(plain[part].mean()))
+    importance = plain + plain.mean() * 1e-4
+    result = torch.zeros_like(w)
+    left = [column for part in parts for column in part]
+    for part in parts:
+        ranges = code_matrix(grid, w[:, part].float(), importance[part], of_tensor=largest)
+        scale, zero = ranges.scale, ranges.zero_point
+        for column in part:
+            code = grid.codes(w[:, column : column + 1].float(), scale, zero)
+            result[:, column] = (grid.levels(code, zero) * scale)[:, 0].double()
+            inverse = torch.linalg.inv(damped[left][:, left])
+            at = left.index(column)
+            error = (w[:, column] - result[:, column]) / inverse[at, at]
+            w[:, left] -= error[:, None] * inverse[at]
+            left.remove(column)
+    return slow_fit(start, result.float(), grid, h)
+
+
+@pytest.mark.parametrize("format", ["int4", "int2", "ternary", "binary", "nf4", "nvfp4"])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_is_optimal_brain_quantization_column_by_column(format, act_order):
     w, (_, known) = weight(), inputs()
@@ -185,7 +203,7 @@ def test_singular_hessians_are_damped_and_those_that_are_not_finite_named():
         inverse_factor(torch.full((8, 8), torch.nan), 0.01)
 
 
-@pytest.mark.parametrize("format", INTEGERS)
+@pytest.mark.parametrize("format", [*INTEGERS, "ternary", "binary"])
 def test_awq_is_the_best_of_its_grid_of_factors(format):
     first, (x, known) = weight(), inputs()
     weights = [first, weight(8) * 0.5]
@@ -202,13 +220,19 @@ def test_awq_is_the_best_of_its_grid_of_factors(format):
 
     importance = (x * x).mean(0)
     importance = importance + importance.mean() * 1e-4
-    best = outputs_error([code_matrix(grid, w).dequantized() for w in weights])
+    found = [code_matrix(grid, w).dequantized() for w in weights]
+    best, factor = outputs_error(found), torch.ones(48)
     for i, dual in itertools.product(range(5), (False, True)):
         alpha = i / 5
         s = magnitude**alpha / (relative ** (1 - alpha) if dual else 1)
         s = s / (s.max() * s.min()).sqrt()
         values = [code_matrix(grid, w * s, importance / s**2).dequantized() / s for w in weights]
-        best = min(best, outputs_error(values))
+        if outputs_error(values) < best:
+            best, found, factor = outputs_error(values), values, 1 / s
+    h = known.hessian * factor * factor[:, None]
+    found = [slow_fit(w / factor, v / factor, grid, h) * factor for w, v in zip(weights, found)]
+    assert outputs_error(found) < best
+    best = outputs_error(found)
     results = make_weight_method("awq", {"steps": 5}).quantize(weights, grid, known)
     assert outputs_error([r.dequantized() for r in results]) == pytest.approx(best, rel=1e-3)
     assert results[0].input_factor is None or torch.equal(

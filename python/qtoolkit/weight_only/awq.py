@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qtoolkit.weight_only.fit import fit_scales
 from qtoolkit.weight_only.grid import Grid, code_matrix, grouped
 from qtoolkit.weight_only.method import (
     Inputs,
@@ -28,7 +29,8 @@ class Awq(WeightMethod):
     Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and
     Acceleration" (2023), section 3.2: s = mean|x|^alpha for alpha in [0, 1], here also divided by
     mean|w|^(1 - alpha) of the columns relative to their groups, as in its code. Its search of
-    clipped ranges is that of ``RoundToNearest`` under the inputs' mean squares.
+    clipped ranges is that of ``RoundToNearest`` under the inputs' mean squares; for the codes that
+    it chooses, ``fit_scales`` finds the scales of least output error.
     ``quantize_weights`` folds 1 / s into the layer before where that is a norm that nothing else
     reads. Rounding to nearest is among what is tried.
 
@@ -50,6 +52,11 @@ class Awq(WeightMethod):
         """Clipped ranges alone."""
         return replace(self, steps=0)
 
+    def for_output(self) -> Awq:
+        """Clipped ranges alone: factors would serve those outputs that are large, such as logits
+        of words that never come, at the cost of the others. The authors' code leaves heads out."""
+        return replace(self, steps=0)
+
     def quantize(
         self, weights: Sequence[Tensor], grid: Grid, inputs: Inputs | None
     ) -> list[Result]:
@@ -62,6 +69,8 @@ class Awq(WeightMethod):
             error = _error(weights, results, inputs)
             if error < least:
                 best, least = results, error
+        for weight, result in zip(weights, best):
+            _fit(weight, result, inputs)
         return best
 
     def _candidates(
@@ -101,6 +110,14 @@ def _relative(weight: Tensor, group_size: int) -> Tensor:
     groups = grouped(weight.abs(), group_size)
     share = groups / groups.amax(1, keepdim=True).clamp(min=1e-30)
     return share.reshape(weight.size(0), -1)[:, : weight.size(1)]
+
+
+def _fit(weight: Tensor, result: Result, inputs: Inputs) -> None:
+    factor = result.input_factor
+    if factor is None:
+        fit_scales(result.coded, weight, inputs.hessian)
+    else:
+        fit_scales(result.coded, weight / factor, inputs.hessian * factor * factor[:, None])
 
 
 def _error(weights: Sequence[Tensor], results: Sequence[Result], inputs: Inputs) -> float:

@@ -79,6 +79,7 @@ class Calibrator:
         order: names of the layers that the data reaches, in the order of their first call. Those
             that read the same tensor stand together.
         producers: for a layer, the name of the norm whose output it reads, if it reads one.
+        outputs: names of the layers whose output is what the model returns on the first batch.
 
     Raises:
         ValueError: the model fails on the data.
@@ -90,6 +91,7 @@ class Calibrator:
         self._model, self._batches = model, batches
         self.order: list[list[str]] = []
         self.producers: dict[str, str] = {}
+        self.outputs: set[str] = set()
         self._blocks = _blocks(model, layers)
         self._chain: list[str] = []
         self._position = -1
@@ -100,7 +102,11 @@ class Calibrator:
     def _explore(self, layers: Mapping[str, nn.Module]) -> None:
         read: dict[str, Tensor] = {}  # holds the tensors, so that no two have the same id
         made: list[tuple[Tensor, str]] = []
+        given: list[tuple[Tensor, str]] = []
         calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+
+        def on_output(name: str) -> Callable[..., None]:
+            return lambda _, __, output: given.append((output, name))
 
         def on_layer(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -126,13 +132,16 @@ class Calibrator:
                 handle = layer.register_forward_pre_hook(on_layer(name), with_kwargs=True)
                 on_layers.callback(handle.remove)
             with ExitStack() as stack:
+                for name, layer in layers.items():
+                    stack.callback(layer.register_forward_hook(on_output(name)).remove)
                 for name, module in self._model.named_modules():
                     if _is_norm(module):
                         stack.callback(module.register_forward_hook(on_norm(name)).remove)
                     if name in self._blocks:
                         handle = module.register_forward_hook(on_block(name), with_kwargs=True)
                         stack.callback(handle.remove)
-                self._call(0)
+                returned = list(tensors_of(self._call(0)))
+            self.outputs = {n for t, n in given if any(t is r for r in returned)}
             for index in range(1, len(self._batches)):
                 if len(read) == len(layers):
                     break
@@ -252,6 +261,17 @@ def _stop(*_: Any) -> None:
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The tensors of an output, those of a ``transformers`` model included."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors_of(tuple(output.values()))
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from tensors_of(item)
 
 
 def _main(output: Any) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtoolkit.nn.weight_only import QuantizedWeightLinear
-from qtoolkit.weight_only.calibration import Calibrator
+from qtoolkit.weight_only.calibration import Calibrator, tensors_of
 
 # Of outputs before and after, as a share of their mean square.
 _TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ def fold_factor(model: nn.Module, names: list[str], calibrator: Calibrator) -> b
     norm: Any = model.get_submodule(producer)
     if factor is None or norm.weight.shape != factor.shape:
         return False
-    before = _tensor(calibrator.replay(names[0], 0))
+    before = next(tensors_of(calibrator.replay(names[0], 0)), None)
     kept = dict(norm._parameters)
     for key in ("weight", "bias"):
         old = kept.get(key)
@@ -39,7 +39,7 @@ def fold_factor(model: nn.Module, names: list[str], calibrator: Calibrator) -> b
             norm._parameters[key] = nn.Parameter(scaled, requires_grad=old.requires_grad)
     for layer in layers:
         layer.input_factor = None
-    after = _tensor(calibrator.replay(names[0], 0))
+    after = next(tensors_of(calibrator.replay(names[0], 0)), None)
     if before is not None and after is not None:
         limit = _TOLERANCE if before.dtype == torch.float32 else 10 * _TOLERANCE
         change = (after.float() - before.float()).square().mean()
@@ -49,14 +49,3 @@ def fold_factor(model: nn.Module, names: list[str], calibrator: Calibrator) -> b
     for layer in layers:
         layer.input_factor = factor
     return False
-
-
-def _tensor(output: Any) -> Tensor | None:
-    """The first tensor of an output."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        return next((found for item in output if (found := _tensor(item)) is not None), None)
-    return None

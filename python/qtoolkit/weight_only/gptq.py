@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from qtoolkit.weight_only.fit import fit_scales
 from qtoolkit.weight_only.grid import Coded, Grid, code_matrix
 from qtoolkit.weight_only.method import Inputs, Result, WeightMethod, register_weight_method
 
@@ -23,14 +24,16 @@ class Gptq(WeightMethod):
     least-squares sense over the calibration data, by the columns that follow.
 
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-    Transformers" (2022), algorithm 1, with the order by activation and the static groups of its
-    code: the ranges of all groups are chosen first, by the error that the inputs weigh, so that
-    groups stay neighbours in any order.
+    Transformers" (2022), algorithm 1, with the order by activation of its code within groups and
+    among them, so that groups stay neighbours: a group's range is chosen, by the error that the
+    inputs weigh, when its first column is reached and the columns before have left it their errors.
+    For the codes in the end, ``fit_scales`` finds the scales of least output error.
 
     Args:
         damping: share of the mean of the Hessian's diagonal that is added to the diagonal; more
             where it is singular nevertheless.
-        act_order: columns with the largest inputs first, else from the left.
+        act_order: groups, and columns within them, with the largest inputs first, else from the
+            left.
         block: columns after which the rest of the weight is updated, which changes no result but
             for rounding.
         search: as in ``RoundToNearest``.
@@ -54,37 +57,70 @@ class Gptq(WeightMethod):
     ) -> list[Result]:
         if inputs is None:
             raise ValueError("gptq needs to know the inputs of a layer: give data")
-        diagonal = inputs.hessian.diagonal()
-        order = torch.arange(diagonal.numel(), device=diagonal.device)
-        if self.act_order:
-            order = torch.argsort(diagonal, descending=True, stable=True)
+        order = self._order(inputs.hessian.diagonal(), grid.group_size)
         factor = inverse_factor(inputs.hessian[order][:, order], self.damping).float()
-        return [Result(self._one(weight, grid, diagonal, order, factor)) for weight in weights]
+        found = []
+        for weight in weights:
+            coded = self._one(weight, grid, inputs.hessian.diagonal(), order, factor)
+            fit_scales(coded, weight, inputs.hessian)
+            found.append(Result(coded))
+        return found
+
+    def _order(self, diagonal: Tensor, group_size: int) -> Tensor:
+        """Columns in the order in which they are rounded."""
+        order = torch.arange(diagonal.numel(), device=diagonal.device)
+        if not self.act_order:
+            return order
+        means = torch.stack([diagonal[part].mean() for part in order.split(group_size)])
+        # By the column first, then by its group, each with the largest inputs first.
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        rank = torch.argsort(torch.argsort(means, descending=True, stable=True))
+        return order[torch.argsort(rank[order // group_size], stable=True)]
 
     def _one(
         self, weight: Tensor, grid: Grid, diagonal: Tensor, order: Tensor, factor: Tensor
     ) -> Coded:
-        coded = code_matrix(grid, weight, _importance(diagonal), search=self.search)
-        groups = order // grid.group_size
-        scale = coded.scale[:, groups]
-        zero_point = None if coded.zero_point is None else coded.zero_point[:, groups]
+        importance = _importance(diagonal)
+        coded = code_matrix(grid, weight, importance, search=False)  # the groups fill it
+        largest = float(weight.abs().max())
         rest = weight[:, order]
-        codes = torch.empty_like(coded.codes)
-        columns = rest.size(1)
-        for begin in range(0, columns, self.block):
-            end = min(begin + self.block, columns)
-            errors = torch.empty(rest.size(0), end - begin, device=rest.device)
-            for j in range(begin, end):
-                zero = None if zero_point is None else zero_point[:, j : j + 1]
-                code = grid.codes(rest[:, j : j + 1], scale[:, j : j + 1], zero)
-                value = grid.levels(code, zero) * scale[:, j : j + 1]
-                codes[:, j] = code[:, 0].to(torch.uint8)
-                error = (rest[:, j : j + 1] - value) / factor[j, j]
-                rest[:, j + 1 : end] -= error * factor[j, j + 1 : end]
-                errors[:, j - begin] = error[:, 0]
-            rest[:, end:] -= errors @ factor[begin:end, end:]
-        coded.codes[:, order] = codes
+        groups = order // grid.group_size
+        begin = 0
+        for group in groups.unique_consecutive().tolist():
+            columns = order[groups == group]
+            end = begin + columns.numel()
+            # What the columns before have left to these is in their range.
+            one = replace(grid, group_size=columns.numel())
+            chosen = code_matrix(
+                one, rest[:, begin:end], importance[columns], search=self.search, of_tensor=largest
+            )
+            coded.scale[:, group] = chosen.scale[:, 0]
+            if coded.zero_point is not None and chosen.zero_point is not None:
+                coded.zero_point[:, group] = chosen.zero_point[:, 0]
+            codes = self._round(rest, one, chosen, factor, begin, end)
+            coded.codes[:, columns] = codes
+            begin = end
         return coded
+
+    def _round(
+        self, rest: Tensor, grid: Grid, ranges: Coded, factor: Tensor, begin: int, end: int
+    ) -> Tensor:
+        """Codes uint8 ``[N, end - begin]`` of the columns of a group; the columns of ``rest`` that
+        follow take up the error."""
+        scale, zero = ranges.scale, ranges.zero_point
+        codes = torch.empty_like(ranges.codes)
+        for first in range(begin, end, self.block):
+            last = min(first + self.block, end)
+            errors = torch.empty(rest.size(0), last - first, device=rest.device)
+            for j in range(first, last):
+                code = grid.codes(rest[:, j : j + 1], scale, zero)
+                value = grid.levels(code, zero) * scale
+                codes[:, j - begin] = code[:, 0].to(torch.uint8)
+                error = (rest[:, j : j + 1] - value) / factor[j, j]
+                rest[:, j + 1 : last] -= error * factor[j, j + 1 : last]
+                errors[:, j - first] = error[:, 0]
+            rest[:, last:] -= errors @ factor[first:last, last:]
+        return codes
 
 
 def _importance(diagonal: Tensor) -> Tensor:

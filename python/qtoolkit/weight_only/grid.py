@@ -385,13 +385,19 @@ def _table_of(grid: Grid, device: torch.device) -> Tensor | None:
 
 
 def code_matrix(
-    grid: Grid, matrix: Tensor, importance: Tensor | None = None, *, search: bool = True
+    grid: Grid,
+    matrix: Tensor,
+    importance: Tensor | None = None,
+    *,
+    search: bool = True,
+    of_tensor: float | None = None,
 ) -> Coded:
     """Rounds a matrix to the nearest numbers, in ranges that ``choose_range`` finds.
 
     Args:
         matrix: ``[N, K]``, any float dtype, finite.
         importance: float32 ``[K]``, what a squared error in each column counts, or None for 1.
+        of_tensor: as in ``choose_range``, where the matrix is a part of the tensor.
     """
     rows, columns = matrix.shape
     size = grid.group_size
@@ -399,7 +405,8 @@ def code_matrix(
     scale = torch.empty(rows, groups, device=matrix.device)
     zero_point: Tensor | None = None
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=matrix.device)
-    of_tensor = float(matrix.abs().max()) if isinstance(grid, BlockFloatGrid) else 0.0
+    if of_tensor is None:
+        of_tensor = float(matrix.abs().max()) if isinstance(grid, BlockFloatGrid) else 0.0
     weights = None if importance is None else grouped(importance[None].float(), size)
     step = max(1, _CHUNK // max(columns, 1))
     for begin in range(0, rows, step):

@@ -65,6 +65,10 @@ class WeightMethod(ABC):
         """The method for layers that have no factors of their inputs."""
         return self
 
+    def for_output(self) -> WeightMethod:
+        """The method for layers whose output is what the model returns, such as logits."""
+        return self
+
     @abstractmethod
     def quantize(
         self, weights: Sequence[Tensor], grid: Grid, inputs: Inputs | None

@@ -155,6 +155,7 @@ class _Run:
     resume: str | os.PathLike[str] | None
     progress: bool
     missed: list[str] = field(default_factory=list)
+    outputs: set[str] = field(default_factory=set)
 
     def result(self) -> nn.Module:
         """The quantized model."""
@@ -170,6 +171,7 @@ class _Run:
         if self.batches:
             layers = {name: self.new.get_submodule(name) for name in chosen}
             calibrator = Calibrator(self.new, self.batches, layers)
+            self.outputs = calibrator.outputs
             steps = calibrator.order
             reached = {name for step in steps for name in step}
             self.missed = [name for name in chosen if name not in reached]
@@ -291,6 +293,8 @@ class _Run:
             if layer.groups > 1:
                 return RoundToNearest(), " (groups)"
             return self.method.for_convolution(), ""
+        if name in self.outputs:
+            return self.method.for_output(), ""
         return self.method, ""
 
     def _quantize(
