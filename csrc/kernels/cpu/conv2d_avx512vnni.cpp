@@ -23,8 +23,8 @@ using RunTile = void(const Layer&, const Block&, const Tile&);
 
 // What computes tiles of a block whose channels are in one register or in two.
 struct Runners {
-  RunTile *two_runs, *one_run;  // of simple codes
-  RunTile* full;                // of kMostPixels anywhere
+  RunTile *two_runs, *one_run;  // of simple codes or int32
+  RunTile* full;                // of kMostPixels anywhere, of simple codes
 };
 
 // One call's layer.
@@ -37,8 +37,8 @@ struct Layer {
   int64_t row_step;     // and from a row's last run to the next row
   int64_t run_weights;  // bytes of a run's packed weights
   int64_t block_weights;
-  int64_t x_step;        // from one pixel to the next
-  Runners narrow, wide;  // of simple codes
+  int64_t x_step;  // from one pixel to the next
+  Runners narrow, wide;
 };
 
 // A block of channels.
@@ -81,6 +81,9 @@ inline __attribute__((always_inline)) const T& unknown(const T& object) {
 // A tile of runs. The addresses are made of few registers: two pointers and three steps.
 class Runs {
  public:
+  // Quads a turn of the loop, as what counts and compares takes the multiplier's ports.
+  static constexpr int kAtOnce = 2;
+
   Runs(const Layer& layer, const Tile& tile)
       : layer_(layer), tile_(tile), step_(layer.x_step), step3_(3 * step_), step5_(5 * step_) {}
 
@@ -145,6 +148,8 @@ class Runs {
 // which costs nothing that could be measured.
 class Pixels {
  public:
+  static constexpr int kAtOnce = 1;  // with two GCC 12 spills sums
+
   Pixels(const Layer&, const Tile& tile) : x_(tile.x) {}
 
   __attribute__((always_inline)) void start(int64_t offset) { at_ = offset; }
@@ -202,19 +207,18 @@ inline __attribute__((always_inline)) void accumulate(const Layer& layer, const 
         for (int v = 0; v < kVectors; ++v) dot(acc[p][v], quad, weight[v]);
       }
     };
-    // Two quads a turn, as what counts and compares takes the multiplier's ports.
-    for (; end - w >= 2 * kQuadBytes; w += 2 * kQuadBytes, input.advance(2)) {
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      ahead += 2 * kAheadStep;
-      multiply.template operator()<0>();
-      multiply.template operator()<1>();
+    if constexpr (Input::kAtOnce == 2) {
+      for (; end - w >= 2 * kQuadBytes; w += 2 * kQuadBytes, input.advance(2)) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        ahead += 2 * kAheadStep;
+        multiply.template operator()<0>();
+        multiply.template operator()<1>();
+      }
     }
-    if (w != end) {
+    for (; w != end; w += kQuadBytes, input.advance(1)) {
       _mm_prefetch(ahead, _MM_HINT_T1);
       ahead += kAheadStep;
       multiply.template operator()<0>();
-      w += kQuadBytes;
-      input.advance(1);
     }
     ++run;
     const bool row_ends = run == l.runs;
@@ -257,6 +261,22 @@ void run_simple(const Layer& layer, const Block& block, const Tile& tile) {
       [&](int p) __attribute__((always_inline)) { return residual + places.residual(p); });
 }
 
+// int32 outputs of runs.
+template <int kPixels, int kVectors>
+void run_sums(const Layer& layer, const Block& block, const Tile& tile) {
+  Sums<kPixels, kVectors> acc;
+  accumulate<kPixels, kVectors>(layer, block, tile, Runs(layer, tile), acc);
+  int32_t* const y = static_cast<int32_t*>(layer.args.y) + block.rule.channel;
+  const Runs::Places places(layer.args, tile);
+#pragma GCC unroll 14
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_mask_storeu_epi32(y + places.y(p) + v * kLanes, block.rule.lanes[v], acc[p][v]);
+    }
+  }
+}
+
 // [pixels - 1]
 template <int kVectors, int... kIndices>
 constexpr std::array<RunTile*, kMostPixels> all_run_any(std::integer_sequence<int, kIndices...>) {
@@ -283,6 +303,10 @@ Runners runners_of(SimpleResidual residual) {
       return runners_of<kVectors, kZeroPoint, SimpleResidual::any>();
   }
 }
+
+template <int kVectors>
+constexpr Runners kSumRunners = {run_sums<kMostPixels, kVectors>,
+                                 run_sums<static_cast<int>(kTilePixels), kVectors>, nullptr};
 
 RunTile* run_of(const Layer& layer, const Block& block, const Tile& tile) {
   const Runners& simple = block.wide ? layer.wide : layer.narrow;
@@ -313,6 +337,7 @@ constexpr int64_t kMostWeights = int64_t{16} << 10;
 // Blocks [first, first + count) of one group at tiles [begin, end).
 void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64_t begin,
                 int64_t end) {
+  const bool sums = layer.args.output == Conv2dOutput::int32;
   bool simple = true;
   for (int64_t i = 0; i < count; ++i) {
     set_block(layer, first + i, blocks[i]);
@@ -328,7 +353,7 @@ void run_blocks(Layer& layer, Block* blocks, int64_t first, int64_t count, int64
   Tile tile;
   for (; pixel < end_pixel; pixel += kMostPixels) {
     const int64_t left = end_pixel - pixel;
-    take(cursor, static_cast<int>(left < kMostPixels ? left : kMostPixels), simple, tile);
+    take(cursor, static_cast<int>(left < kMostPixels ? left : kMostPixels), simple || sums, tile);
     tile.ahead = part < kAheadParts ? ahead + part * layer.block_weights / kAheadParts : 0;
     ++part;
     for (int64_t i = 0; i < count; ++i) {
@@ -359,6 +384,10 @@ void conv2d(const Conv2dArgs& args, int64_t begin, int64_t end) {
       .x_step = s.stride_width * args.x_pixel_stride,
       .narrow = zero ? runners_of<1, false>(residual) : runners_of<1, true>(residual),
       .wide = zero ? runners_of<2, false>(residual) : runners_of<2, true>(residual)};
+  if (args.output == Conv2dOutput::int32) {
+    layer.narrow = kSumRunners<1>;
+    layer.wide = kSumRunners<2>;
+  }
   const int64_t in_group = s.blocks_per_group();
   const int64_t fitting = kMostWeights / layer.block_weights;
   int64_t most = fitting < 1 ? 1 : fitting < kMostBlocks ? fitting : kMostBlocks;
