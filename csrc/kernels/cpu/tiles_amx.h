@@ -36,6 +36,11 @@ template <int kSum, int kUnsigned, int kSigned>
 inline __attribute__((always_inline)) void dot() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kUnsigned), "i"(kSigned));
 }
+// Adds the products of signed bytes.
+template <int kSum, int kFirst, int kSecond>
+inline __attribute__((always_inline)) void dot_signed() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kFirst), "i"(kSecond));
+}
 
 }  // namespace
 }  // namespace qtoolkit::kernels::amx
