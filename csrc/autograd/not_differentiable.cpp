@@ -28,6 +28,7 @@ TORCH_LIBRARY_IMPL(qtoolkit, Autograd, m) {
                            "linear",
                            "linear_dynamic",
                            "linear_weight_only",
+                           "linear_weight_only_exact",
                            "matmul",
                            "add",
                            "mul",

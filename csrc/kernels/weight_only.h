@@ -88,4 +88,47 @@ struct MultiplyGroupsArgs {
 };
 void multiply_groups(const MultiplyGroupsArgs& args, int64_t begin, int64_t end);
 
+// --- float32 activations -----------------------------------------------------------------------
+
+// A weight [channels, width] of codes of 1 to 8 bits, packed as in GroupedWeight, in groups of any
+// length. In float32, the number of code c of channel n in group g is
+//   (float(c) - zero[n, g]) * scale[n, g]        or, with numbers, numbers[c] * scale[n, g].
+struct FloatWeight {
+  int64_t bits = 4;
+  int64_t channels = 0, width = 0;
+  int64_t group = 0;
+  const uint8_t* codes = nullptr;
+  int64_t row_stride = 0;               // bytes
+  const float* scale = nullptr;         // [channels, groups]
+  const uint8_t* zero_point = nullptr;  // [channels, groups]; `zero` everywhere if absent
+  float zero = 0.0f;
+  const float* numbers = nullptr;  // 2^bits; with them zero_point is absent and zero is 0
+
+  int64_t groups() const { return (width + group - 1) / group; }
+  int64_t blocks() const { return (width + 127) / 128; }
+};
+
+// Element k of a row is in block k / 128 and there in lane k / 8 % 16, so that a lane has 8 codes
+// in a row, which are whole bytes at any width. Rows of activations lie as [block][k % 8][lane],
+// with zeros beyond the width.
+inline constexpr int64_t kFloatBlock = 128, kFloatLanes = 16, kFloatRun = 8;
+static inline int64_t float_position(int64_t k) {
+  return k / kFloatBlock * kFloatBlock + k % kFloatRun * kFloatLanes + k % kFloatBlock / kFloatRun;
+}
+
+// For row m and channel n, in float32 and with p[j] = 0 for the 16 lanes j at first: for k in order
+// up to the end of the last block, p[j] = fma(w[n, k], x[m, k], p[j]) in its lane j, with w = 0
+// beyond the width; the lanes are added by halves (p[j] += p[j + 8] for the first 8, then 4, 2, 1),
+// and y[m, n] = p[0] + bias[n]. Begin and end count blocks of kFloatChannels channels.
+inline constexpr int64_t kFloatChannels = 8;
+struct MultiplyFloatsArgs {
+  FloatWeight weight;
+  int64_t rows = 0;
+  const float* x = nullptr;     // [rows, blocks, 8, 16]
+  const float* bias = nullptr;  // [channels]; nothing is added if absent
+  float* y = nullptr;
+  int64_t y_row_stride = 0;
+};
+void multiply_floats(const MultiplyFloatsArgs& args, int64_t begin, int64_t end);
+
 }  // namespace qtoolkit::kernels

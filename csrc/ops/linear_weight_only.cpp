@@ -13,6 +13,7 @@
 #include "ops/checks.h"
 #include "ops/layout.h"
 #include "ops/parallel.h"
+#include "ops/weight_only_checks.h"
 
 namespace qtoolkit::ops {
 namespace {
@@ -33,45 +34,13 @@ struct Arguments {
 int64_t kernel_bits(int64_t bits) { return bits == 1 || bits == 2 || bits == 4 ? bits : 8; }
 
 Tensor check(const Arguments& args) {
-  check_float(kOp, "x", args.x);
-  TORCH_CHECK_VALUE(args.bits >= 1 && args.bits <= 8,
-                    "qtoolkit::linear_weight_only: bits must be in [1, 8], got ", args.bits);
-  TORCH_CHECK_VALUE(args.group_size > 0 && args.group_size <= INT32_MAX &&
-                        args.group_size * kernel_bits(args.bits) % 32 == 0,
-                    "qtoolkit::linear_weight_only: group_size must be positive, below 2^31 and a "
-                    "multiple of ",
+  TORCH_CHECK_VALUE(args.group_size * kernel_bits(args.bits) % 32 == 0,
+                    "qtoolkit::linear_weight_only: group_size must be a multiple of ",
                     32 / kernel_bits(args.bits), " for codes of ", args.bits, " bits, got ",
                     args.group_size);
-  check_dtype(kOp, "codes", args.codes, at::kByte);
-  check_rank(kOp, "codes", args.codes, 2);
-  check_device(kOp, "codes", args.codes, args.x);
-  TORCH_CHECK_VALUE(args.x.dim() >= 1, "qtoolkit::linear_weight_only: x must not be a scalar");
-  const c10::SymInt width = args.x.sym_size(-1);
-  const c10::SymInt channels = args.codes.sym_size(0);
-  TORCH_CHECK_VALUE(
-      width > 0 && args.codes.sym_size(1) == (width * args.bits + 7) / 8,
-      "qtoolkit::linear_weight_only: a row of codes must have ceil(in_features * bits / 8) bytes; "
-      "x is ",
-      describe(args.x), ", codes ", describe(args.codes), ", bits ", args.bits);
-  const c10::SymInt groups = (width + args.group_size - 1) / args.group_size;
-  const auto check_groups = [&](const char* name, const Tensor& tensor, at::ScalarType dtype) {
-    check_dtype(kOp, name, tensor, dtype);
-    check_device(kOp, name, tensor, args.x);
-    TORCH_CHECK_VALUE(
-        tensor.dim() == 2 && tensor.sym_size(0) == channels && tensor.sym_size(1) == groups,
-        "qtoolkit::linear_weight_only: ", name, " must have the shape [", channels, ", ", groups,
-        "] of the groups of ", args.group_size, " of ", width, " in_features, got ",
-        describe(tensor));
-  };
-  check_groups("scale", args.scale, at::kFloat);
-  if (args.zero_point) check_groups("zero_point", *args.zero_point, at::kByte);
-  if (args.bias) {
-    check_dtype(kOp, "bias", *args.bias, at::kFloat);
-    check_device(kOp, "bias", *args.bias, args.x);
-    TORCH_CHECK_VALUE(args.bias->dim() == 1 && args.bias->sym_size(0) == channels,
-                      "qtoolkit::linear_weight_only: bias must hold one element for each of ",
-                      channels, " output channels, got ", describe(*args.bias));
-  }
+  const Tensor y = check_weight_only(
+      kOp, args.x, {args.codes, args.scale, args.zero_point, args.bits, args.group_size},
+      args.bias);
   if (args.table) {
     check_dtype(kOp, "table", *args.table, at::kChar);
     check_device(kOp, "table", *args.table, args.x);
@@ -81,9 +50,7 @@ Tensor check(const Arguments& args) {
                       "zero_point, and 2**bits elements, got ",
                       describe(*args.table));
   }
-  c10::SymDimVector sizes(args.x.sym_sizes().begin(), args.x.sym_sizes().end());
-  sizes.back() = channels;
-  return empty_beside(args.x, sizes, at::kFloat, at::MemoryFormat::Contiguous);
+  return y;
 }
 
 Tensor linear_weight_only_meta(const Tensor& x, const Tensor& codes, const Tensor& scale,

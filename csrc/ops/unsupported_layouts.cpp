@@ -50,6 +50,8 @@ void refuse_all(torch::Library& m) {
                            "conv_transpose2d",
                            "linear",
                            "linear_dynamic",
+                           "linear_weight_only",
+                           "linear_weight_only_exact",
                            "matmul",
                            "add",
                            "mul",

@@ -198,6 +198,10 @@ SAMPLES = {
         (floats(), random_codes((7, 3)), torch.rand(7, 1), None, torch.rand(7), 4, 8, None),
         (floats(), random_codes((7, 2)), torch.rand(7, 1), random_codes((7, 1)), None, 3, 8, None),
     ],
+    "linear_weight_only_exact": [
+        (floats(), random_codes((7, 3)), torch.rand(7, 1), None, torch.rand(7), 4, 8, None),
+        (floats(), random_codes((7, 2)), torch.rand(7, 2), None, None, 3, 3, torch.rand(8)),
+    ],
     "matmul": [
         (codes(), S, Z, codes(torch.int8).mT, S, Z, S, Z, -128, 127),
         (codes(), S, Z, codes()[0, 0].mT, S, Z, None, None, 0, 255),
@@ -304,9 +308,8 @@ def test_every_operator_has_a_sample_and_a_wrapper():
     # run_plan takes an object that opcheck cannot make; tests/python/test_compile.py is about it.
     assert registered - {"run_plan"} == set(SAMPLES)
     internal = {name for name in registered if not hasattr(ops, name)}
-    assert {
-        name for name in internal if not name.endswith(("_backward", "_backward_", "_mask"))
-    } == set()
+    suffixes = ("_backward", "_backward_", "_mask", "_exact")
+    assert {name for name in internal if not name.endswith(suffixes)} == set()
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)

@@ -108,7 +108,8 @@ def test_int8_sums_are_exact_within_a_group(bits, group_size):
 def test_every_path_gives_the_definitions_bits(bits, path):
     # Few rows and many, whole groups and parts, more channels than a block and a rest.
     shapes = ((1, 256, 128, 21), (3, 300, 64, 21), (5, 77, 32, 21), (37, 520, 512, 21))
-    for rows, columns, group_size, channels in (*shapes, (150, 64, 32, 100)):
+    more = ((150, 64, 32, 100), (20, 2304, 128, 70), (70, 1100, 1024, 40))
+    for rows, columns, group_size, channels in (*shapes, *more):
         for zeros in (False, True):
             weight = random_weight(channels, columns, bits, group_size, zeros=zeros)
             x = torch.randn(rows, columns) * torch.logspace(-6, 6, rows).unsqueeze(1)
@@ -116,6 +117,72 @@ def test_every_path_gives_the_definitions_bits(bits, path):
             with forced_path("multiply_groups", path):
                 y = ops.linear_weight_only(x, bias=bias, accumulate="int8", **weight)
             assert torch.equal(y, rounded_linear(x, weight, bias))
+
+
+def exact_linear(x: Tensor, real: Tensor, bias: Tensor | None) -> Tensor:
+    """accumulate="float32" by its definition: 16 lanes of runs of 8, fma by way of double."""
+    pad = (0, -x.size(1) % 128)
+    rows = functional.pad(x, pad).reshape(x.size(0), 1, -1, 16, 8).double()
+    numbers = functional.pad(real, pad).reshape(1, real.size(0), -1, 16, 8).double()
+    lanes = torch.zeros(x.size(0), real.size(0), 16)
+    for block in range(rows.size(2)):
+        for i in range(8):
+            products = rows[:, :, block, :, i] * numbers[:, :, block, :, i]
+            lanes = (products + lanes.double()).float()
+    while lanes.size(-1) > 1:
+        first, second = lanes.chunk(2, -1)
+        lanes = first + second
+    return lanes[..., 0] if bias is None else lanes[..., 0] + bias
+
+
+# Rows, columns, group, channels: one row and many, parts of blocks, groups and panels, and groups
+# that are more than a block, parts of one, whole runs and neither.
+EXACT_SHAPES = (
+    (1, 640, 128, 21),
+    (1, 300, 32, 5),
+    (2, 200, 256, 9),
+    (3, 130, 24, 7),
+    (7, 277, 21, 3),
+    (50, 650, 64, 10),
+)
+
+
+@pytest.mark.parametrize("path", _C.kernel_paths("multiply_floats"))
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_path_gives_the_definitions_bits_for_inputs_as_they_are(bits, path):
+    for rows, columns, group_size, channels in EXACT_SHAPES:
+        for kind in ("symmetric", "zeros", "table"):
+            weight = random_weight(
+                channels, columns, bits, group_size, zeros=kind == "zeros", table=kind == "table"
+            )
+            x = torch.randn(rows, columns) * torch.logspace(-6, 6, rows).unsqueeze(1)
+            bias = torch.randn(channels)
+            with forced_path("multiply_floats", path):
+                y = ops.linear_weight_only(x, bias=bias, **weight)
+            real = ops.dequantize_codes(columns=columns, **weight)
+            assert torch.equal(y, exact_linear(x, real, bias))
+
+
+@pytest.mark.parametrize("path", _C.kernel_paths("multiply_floats"))
+def test_inputs_that_are_not_finite_stay_in_their_rows(path):
+    weight = random_weight(9, 256, 4, 128)
+    x = torch.randn(3, 256)
+    x[1, 200] = torch.inf
+    with forced_path("multiply_floats", path):
+        y = ops.linear_weight_only(x, bias=None, **weight)
+    real = ops.dequantize_codes(columns=256, **weight)
+    assert torch.equal(y[::2], exact_linear(x[::2], real, None))
+    assert not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("path", _C.kernel_paths("multiply_groups"))
+def test_zero_points_far_from_the_codes(path):
+    weight = random_weight(70, 256, 4, 128, zeros=True)
+    weight["zero_point"][3, 1], weight["zero_point"][69, 0] = 255, 129
+    x = torch.randn(20, 256)
+    with forced_path("multiply_groups", path):
+        y = ops.linear_weight_only(x, bias=None, accumulate="int8", **weight)
+    assert torch.equal(y, rounded_linear(x, weight, None))
 
 
 def test_the_operator_is_checked_and_takes_tables():
@@ -129,7 +196,7 @@ def test_the_operator_is_checked_and_takes_tables():
     real = ops.dequantize_codes(columns=64, **weight)
     error = (x @ real.T - y).norm() / y.norm()
     assert error < 0.01
-    with pytest.raises(ValueError, match=r"positive, below 2\^31 and a multiple of 8 for codes"):
+    with pytest.raises(ValueError, match=r"group_size must be a multiple of 8 for codes of 4 bits"):
         torch.ops.qtoolkit.linear_weight_only(*args[:6], 12, None)
     with pytest.raises(ValueError, match="ceil\\(in_features"):
         torch.ops.qtoolkit.linear_weight_only(x[:, :50], *args[1:])

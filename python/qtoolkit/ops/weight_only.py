@@ -181,8 +181,9 @@ def linear_weight_only(
     input: float32, float16 or bfloat16 `[..., K]`; the result `[..., N]` has its dtype, 16-bit
     inputs being converted, computed in float32 and rounded once. bias: float32 `[N]`, or None.
 
-    accumulate: "float32" for inputs as they are; "int8" for inputs rounded to int8 first, each
-    group of each row with its own scale x_scale = max|x| / 127 (at least 2^-100),
+    accumulate: "float32" for inputs as they are, which on CPU is one operator whose sums
+    docs/numbers.md defines, the same bits on every CPU; "int8" for inputs rounded to int8 first,
+    each group of each row with its own scale x_scale = max|x| / 127 (at least 2^-100),
     q = round_half_even(x * (1 / x_scale)). Then the sums of q * (code - zero_point) over a group
     are exact, and in float32, over the groups in order and from 0 on,
 
@@ -193,7 +194,7 @@ def linear_weight_only(
     float32. A group with NaN or infinity gives NaN there.
 
     The gradient is that of the input alone, as if it were not rounded. At most 2^20 weights are
-    float32 at a time.
+    float32 at a time, in the gradient and elsewhere than on CPU.
 
     Raises TypeError for a wrong dtype, ValueError for a shape or option that does not fit.
 
@@ -227,11 +228,16 @@ def _linear(
     table: Optional[Tensor],  # noqa: UP045
     rounded: bool,
 ) -> Tensor:
-    if rounded and table is None and input.is_cpu and _has_kernel(bits, group_size):
+    if input.is_cpu:
         bias = None if bias is None else bias.float()
-        return torch.ops.qtoolkit.linear_weight_only(
-            input, codes, scale, zero_point, bias, bits, group_size, None
-        )
+        if not rounded:
+            return torch.ops.qtoolkit.linear_weight_only_exact(
+                input, codes, scale, zero_point, bias, bits, group_size, table
+            )
+        if table is None and _has_kernel(bits, group_size):
+            return torch.ops.qtoolkit.linear_weight_only(
+                input, codes, scale, zero_point, bias, bits, group_size, None
+            )
     columns = input.size(-1)
     x = input.reshape(-1, columns).float()
     y = x.new_empty(x.size(0), codes.size(0))
