@@ -164,12 +164,41 @@ def test_other_dimensions_run_between_plans():
     assert torch.equal(fast(x), q(x))
 
 
-def test_a_vision_transformer_compiles():
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_vision_transformer_takes_any_batch(count):
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     sizes = {"patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
     model = models.VisionTransformer(16, num_classes=5, **sizes)
-    q = converted(model, images())
-    fast = qt.compile(q, images())
+    q = converted(model, images(count))
+    fast = qt.compile(q, images(count))
     assert "layer_norm" in {step.step for step in fast.plan.steps}
-    assert torch.equal(fast(images()), q(images()))
+    for batch in (1, 2, 3):
+        assert torch.equal(fast(images(batch)), q(images(batch)))
+
+
+class WithConstant(nn.Module):
+    """A layer that reads a parameter, not the input, as for a table of relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(3, 6))
+        self.bias = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))) + self.bias(self.places).sum(0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_layers_of_parameters_are_plans_of_their_own(count):
+    torch.manual_seed(0)
+    x = torch.randn(count, 6)
+    prepared = qt.prepare(WithConstant().eval(), None, example_inputs=(x,))
+    qt.calibrate(prepared, [x], progress=False)
+    q = qt.convert(prepared)
+    fast = qt.compile(q, x)
+    assert len(plans(fast)) == 2
+    for batch in (1, 3, 5):
+        y = torch.randn(batch, 6)
+        assert torch.equal(fast(y), q(y))

@@ -130,6 +130,11 @@ class _Compiler:
         self.seen = recorder.seen
         self.parts = recorder.parts
         self.plans: list[Plan] = []
+        # Nodes that depend on no input: their batch stays whatever the inputs' is.
+        self.fixed: set[fx.Node] = set()
+        for node in module.graph.nodes:
+            if node.op != "placeholder" and self.fixed.issuperset(node.all_input_nodes):
+                self.fixed.add(node)
 
     def _step_of(self, node: fx.Node) -> PlanStep | None:
         """The node as a step; None if the engine has none for it."""
@@ -143,6 +148,8 @@ class _Compiler:
             return None
         if any(s.shape[0] != self.seen[node].shape[0] for s in seen):
             return None  # a broadcast batch
+        if len({i in self.fixed for i in inputs}) > 1:
+            return None  # of another batch it would be broadcast
         called = called_module(node, self.module)
         if isinstance(called, QuantizedModule):
             step = called.plan_step_of_call([s.dtype for s in seen], _numbers(node))
@@ -199,7 +206,7 @@ class _Compiler:
         """Replaces nodes by plans."""
         steps = {node: self._step_of(node) for node in self.module.graph.nodes}
         stage: dict[fx.Node, int] = {}
-        parts: dict[int, _Part] = {}
+        parts: dict[tuple[int, bool, int], _Part] = {}  # a plan has one batch
         for node in self.module.graph.nodes:
             step = steps[node]
             # Plans have odd stages, all else even ones; an edge between the two goes up.
@@ -208,7 +215,8 @@ class _Compiler:
             before = [stage[source] for source in sources]
             stage[node] = max((s + (s % 2 != parity) for s in before), default=parity)
             if step is not None:
-                parts.setdefault(stage[node], _Part()).nodes.append((node, step))
+                key = stage[node], node in self.fixed, self.seen[node].shape[0]
+                parts.setdefault(key, _Part()).nodes.append((node, step))
         for part in parts.values():
             if any(step.kind not in ("quantize", "dequantize") for _, step in part.nodes):
                 self._replace(part)
