@@ -106,20 +106,16 @@ def train(
 ) -> int:
     """AdamW with warm-up and a cosine, products in bfloat16.
 
-    Takes `steps`, or, if that is None, as many as fit in some minutes by the speed of the first;
-    returns how many it took.
+    Takes `steps`, or, if that is None, as many as fit in some minutes; returns how many it took.
     """
-    warm_up, tried = 50, 8
+    warm_up = 50
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     start = time.perf_counter()
-    step = 0
-    while steps is None or step < steps:
-        if steps is None and step == tried:
-            steps = max(tried + 1, int(tried * minutes * 60 / (time.perf_counter() - start)))
-        rest = 1.0 if steps is None else 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        share = min((step + 1) / warm_up, rest)
-        optimizer.param_groups[0]["lr"] = 3e-3 * share
+    step, done = 0, 0.0
+    while done < 1:
+        rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate
         begins = torch.randint(len(text) - length - 1, (rows,), generator=generator)
         batch = torch.stack([text[b : b + length + 1] for b in begins.tolist()]).long()
         with torch.autocast("cpu", torch.bfloat16):
@@ -130,9 +126,10 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 50 == 0 or step == steps:
-            seconds = time.perf_counter() - start
-            print(f"step {step} of {steps}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
+        seconds = time.perf_counter() - start
+        done = step / steps if steps is not None else seconds / (60 * minutes)
+        if step % 50 == 0 or done >= 1:
+            print(f"step {step}, {100 * done:.0f} %: loss {loss:.3f}, {seconds:.0f} s", flush=True)
     return step
 
 

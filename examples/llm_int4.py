@@ -41,15 +41,22 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor) -> float:
-    """exp of the mean loss of all but the first token of each window [windows, length]."""
-    total, count = 0.0, 0
+def perplexity(
+    model: nn.Module, windows: Tensor, reference: nn.Module | None = None
+) -> tuple[float, float | None]:
+    """exp of the mean loss of all but the first token of each window [windows, length], and the
+    mean divergence (Kullback-Leibler) of the predictions from those of a reference, in 1e-3 nats:
+    what quantization changes, where the loss may also fall by luck."""
+    total, apart, count = 0.0, 0.0, 0
     for rows in windows.split(8):
-        logits = logits_of(model, rows[:, :-1]).float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        total += float(loss) * rows.size(0)
+        found = logits_of(model, rows[:, :-1]).float().log_softmax(-1).flatten(0, 1)
+        total += float(functional.nll_loss(found, rows[:, 1:].flatten())) * rows.size(0)
+        if reference is not None:
+            wanted = logits_of(reference, rows[:, :-1]).float().log_softmax(-1).flatten(0, 1)
+            mean = functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+            apart += float(mean) * rows.size(0)
         count += rows.size(0)
-    return math.exp(total / count)
+    return math.exp(total / count), None if reference is None else 1e3 * apart / count
 
 
 @torch.no_grad()
@@ -69,13 +76,13 @@ def tokens_per_second(model: nn.Module, prompt: Tensor, count: int) -> float:
 def byte_model(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
     """A trained model, and windows for calibration and evaluation."""
     train_text, test_text = standard_library(arguments.bytes)
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     model = ByteModel(arguments.width, arguments.width * 5 // 2, arguments.blocks)
     kept = Path(arguments.weights) if arguments.weights else None
     if kept is not None and kept.is_file():
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        train(model, train_text, arguments.steps, arguments.minutes)
+        train(model, train_text, arguments.steps, arguments.minutes, seed=arguments.seed)
         if kept is not None:
             torch.save(model.state_dict(), kept)
     return model.eval(), train_text.long(), test_text.long()
@@ -110,6 +117,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--accumulate", default="float32", choices=["float32", "int8"])
     parser.add_argument("--minutes", type=float, default=3.0, help="of training")
     parser.add_argument("--steps", type=int, help="of training, instead of minutes")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the training")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--bytes", type=int, default=8_000_000, help="of text for training")
@@ -130,16 +138,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
     data = list(calibration.split(8))
     prompt = calibration[0, :32]
 
-    base = perplexity(model, evaluation)
+    base, _ = perplexity(model, evaluation)
     rows = []
 
     def add(name: str, method: str, quantized: nn.Module, seconds: float) -> None:
-        found = base if quantized is model else perplexity(quantized, evaluation)
+        found, apart = base, 0.0
+        if quantized is not model:
+            found, apart = perplexity(quantized, evaluation, model)
         row = {
             "format": name,
             "method": method,
             "perplexity": round(found, 5),
             "rise_percent": round(100 * (found / base - 1), 3),
+            "divergence": round(apart, 4),
             "megabytes": round(qt.model_size(quantized) / 1e6, 3),
             "tokens_per_second": round(tokens_per_second(quantized, prompt, arguments.generate), 1),
             "seconds": round(seconds, 1),
@@ -150,6 +161,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         mark = "" if limit is None else f"  (at most {limit} %: {row['within_limit']})"
         print(
             f"{name:8} {method:5} {row['perplexity']:9.4f} {row['rise_percent']:+8.2f} % "
+            f"{row['divergence']:9.3f} mnat "
             f"{row['megabytes']:8.2f} MB {row['tokens_per_second']:8.1f} tokens/s "
             f"{row['seconds']:6.1f} s{mark}",
             flush=True,
