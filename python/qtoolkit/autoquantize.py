@@ -19,12 +19,14 @@ from qtoolkit import html
 from qtoolkit.algorithms import BEFORE, Algorithm, make_algorithm
 from qtoolkit.batches import gather_batches
 from qtoolkit.checkpoint import Checkpoint, fingerprint
+from qtoolkit.eval_mode import eval_mode
 from qtoolkit.metrics import model_size
 from qtoolkit.progress import progress_bar
 from qtoolkit.qconfig import QConfig, QConfigMapping
 from qtoolkit.quantize import quantize
 from qtoolkit.recipe import Recipe, get_recipe
 from qtoolkit.sensitivity import sensitivity
+from qtoolkit.text_table import text_table
 from qtoolkit.training import freeze_bn, freeze_observers
 from qtoolkit.workflow import convert, prepare_qat
 
@@ -99,15 +101,7 @@ class AutoQuantization:
             numbers = [f"{step.score:.4f}", f"{step.drop:+.4f}", f"{step.size / 1e6:.2f}"]
             numbers = ["-"] * 3 if skipped else numbers
             rows.append([step.name, *numbers, f"{step.seconds:.1f}", step.why])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if 0 < i < 5 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, self._summary()])
+        return f"{text_table(rows, right=range(1, 5))}\n{self._summary()}"
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes the record as a page with a plot: one file that loads nothing from elsewhere."""
@@ -270,14 +264,8 @@ class _Walk:
         self.float_score: float = kept.state["float"]
 
     def _score(self, model: nn.Module, where: str) -> float:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                return _number(self.evaluate(model), where)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with eval_mode(model), torch.no_grad():
+            return _number(self.evaluate(model), where)
 
     def skip(self, name: str, why: str) -> None:
         """Notes a step that cannot be tried."""

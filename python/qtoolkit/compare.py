@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,9 +20,11 @@ from qtoolkit.graph.modules import bound_arguments, graph_modules
 from qtoolkit.graph.notes import note_of
 from qtoolkit.graph.prepare import is_observer, rewritten
 from qtoolkit.graph.report import Report, get_report
+from qtoolkit.layer_times import timed_calls
 from qtoolkit.measures import Deviation, ValueCounts, first_tensor
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.weights import IntegerWeight, dequantized, swap_channels
+from qtoolkit.text_table import text_table
 
 _NAN = float("nan")
 _Key = tuple[str, str]  # the part of the model, and the node of the float graph
@@ -92,14 +93,7 @@ class Comparison:
             numbers = (f"{layer.sqnr:.2f}", f"{layer.cosine:.5f}", f"{layer.weight_sqnr:.2f}")
             rows.append((layer.name, *(_dash(n) for n in numbers), values, chosen, note))
         rows.append(("output", f"{self.sqnr:.2f}", f"{self.cosine:.5f}", "", "", "", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if 0 < i < len(row) - 1 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        )
+        return text_table(rows, right=range(1, len(headings) - 1))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as a page with plots: one file that loads nothing from elsewhere.
@@ -176,7 +170,6 @@ class _Seen:
         self.deviation = Deviation()
         self.values = ValueCounts()
         self.latency_ms = _NAN
-        self.started = 0.0
 
 
 class _FloatRun(fx.Interpreter):
@@ -297,18 +290,11 @@ def _time_layers(
 ) -> None:
     """Sets the least latency of each layer over some runs."""
 
-    def before(module: nn.Module, _: Any) -> None:
-        layers[module].started = time.perf_counter()
+    def took(layer: nn.Module, ms: float) -> None:
+        seen = layers[layer]
+        seen.latency_ms = ms if seen.latency_ms != seen.latency_ms else min(seen.latency_ms, ms)
 
-    def after(module: nn.Module, *_: Any) -> None:
-        seen = layers[module]
-        took = (time.perf_counter() - seen.started) * 1e3
-        seen.latency_ms = took if seen.latency_ms != seen.latency_ms else min(seen.latency_ms, took)
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(before).remove)
-            stack.callback(layer.register_forward_hook(after).remove)
+    with timed_calls(layers, took):
         for _ in range(runs):
             quantized(*inputs)
 

@@ -12,6 +12,7 @@ from qtoolkit.graph.prepare import is_observer
 from qtoolkit.graph.report import get_report
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.plan import Plan
+from qtoolkit.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,7 @@ class Explanation:
             (layer.name, layer.kind, layer.format, layer.reason or layer.kernel)
             for layer in self.layers
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join(
-            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip()
-            for row in rows
-        )
+        return text_table(rows)
 
 
 def explain(model: nn.Module) -> Explanation:

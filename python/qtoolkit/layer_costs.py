@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from qtoolkit.graph.modules import called_module
 from qtoolkit.layer_formats import bits_of
 from qtoolkit.layer_simulation import SimulatedLayer, Simulation
+from qtoolkit.layer_times import timed_calls, wait_for
 from qtoolkit.nn.base import QuantizedModule
 from qtoolkit.nn.kernels import activation_without_kernel, weight_without_kernel
 from qtoolkit.qconfig import QConfig, QConfigMapping
@@ -124,28 +124,21 @@ def _measure(
     model: nn.Module, owners: dict[nn.Module, str], inputs: tuple[Any, ...]
 ) -> tuple[dict[str, float], float]:
     """Medians over some runs: of each owner of modules, and of the whole model, in ms."""
-    started: dict[nn.Module, float] = {}
     spent: dict[str, float] = {}
 
-    def before(module: nn.Module, _: Any) -> None:
-        started[module] = time.perf_counter()
-
-    def after(module: nn.Module, *_: Any) -> None:
-        took = (time.perf_counter() - started[module]) * 1e3
-        spent[owners[module]] = spent.get(owners[module], 0.0) + took
+    def took(module: nn.Module, ms: float) -> None:
+        spent[owners[module]] = spent.get(owners[module], 0.0) + ms
 
     samples: dict[str, list[float]] = {}
     whole = []
-    with ExitStack() as stack, torch.no_grad():
-        model(*inputs)  # packs weights
-        for module in owners:
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after).remove)
-        for _ in range(_RUNS):
-            spent.clear()
-            start = time.perf_counter()
-            model(*inputs)
-            whole.append((time.perf_counter() - start) * 1e3)
-            for name, took in spent.items():
-                samples.setdefault(name, []).append(took)
+    with torch.no_grad():
+        wait_for(model(*inputs))  # packs weights
+        with timed_calls(owners, took):
+            for _ in range(_RUNS):
+                spent.clear()
+                start = time.perf_counter()
+                wait_for(model(*inputs))
+                whole.append((time.perf_counter() - start) * 1e3)
+                for name, ms in spent.items():
+                    samples.setdefault(name, []).append(ms)
     return {name: statistics.median(t) for name, t in samples.items()}, statistics.median(whole)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.eval_mode import eval_mode
 from qtoolkit.progress import batch_bar
 
 Metric = Callable[[Any, Any], Tensor | float]
@@ -77,7 +77,7 @@ def evaluate(
         device = _device_of(model)
     total, samples = 0.0, 0
     bar = batch_bar(loader, max_batches, "evaluate", progress=progress)
-    with bar, _eval_mode(model), torch.no_grad():
+    with bar, eval_mode(model), torch.no_grad():
         for batch in bar:
             x, label = _split(batch)
             if device is not None:
@@ -113,21 +113,6 @@ def _device_of(model: Any) -> torch.device | None:
         return None
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    # A frozen TorchScript module has no mode.
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def model_size(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from qtoolkit.layer_formats import Formats, qconfigs_of
 from qtoolkit.layer_simulation import SimulatedLayer, Simulation
 from qtoolkit.qconfig import QConfig, QConfigMapping, get_default_qconfig_mapping
 from qtoolkit.sensitivity import Metric, Sensitivity, sensitivity
+from qtoolkit.text_table import text_table
 from qtoolkit.workflow import prepare
 
 _NAN = float("nan")
@@ -70,14 +71,7 @@ class MixedPrecision(QConfigMapping):
         rows += [[name, "float32", "not reached", *["" for _ in kinds]] for name in self.unreached]
         rows.append(["all", "", "", *(f"{cost:,.6g}" for _, cost in self.costs)])
         rows.append(["budget", "", "", *(f"{limit:,.6g}" for _, limit in self.budget)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        )
+        return text_table(rows, right=range(2, len(rows[0])))
 
 
 def mixed_precision(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from qtoolkit.algorithms import BEFORE, Context, RunFolder
 from qtoolkit.batches import gather_batches
 from qtoolkit.checkpoint import fingerprint
+from qtoolkit.eval_mode import eval_mode
 from qtoolkit.qconfig import QConfigMapping
 from qtoolkit.recipe import Recipe, get_recipe
 from qtoolkit.weight_only import quantize_weights
@@ -103,21 +105,14 @@ def _check_range(model: nn.Module, batches: list[tuple[Any, ...]]) -> None:
                     f"float16's {largest:g}; use qt.quantize_weights(model, 'bf16')"
                 )
 
-    training = {module: module.training for module in model.modules()}
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: check(name, output))
-        for name, module in model.named_modules()
-    ]
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                model(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
+    with ExitStack() as stack, eval_mode(model), torch.no_grad():
+        for name, module in model.named_modules():
+            hook = module.register_forward_hook(
+                lambda _, __, output, name=name: check(name, output)
+            )
+            stack.callback(hook.remove)
+        for batch in batches:
+            model(*batch)
 
 
 def _run_passes(

@@ -23,6 +23,7 @@ from qtoolkit.layer_simulation import SimulatedLayer, Simulation
 from qtoolkit.measures import Deviation, first_tensor
 from qtoolkit.progress import progress_bar
 from qtoolkit.qconfig import QConfig, QConfigMapping, TensorSpec, get_default_qconfig_mapping
+from qtoolkit.text_table import text_table
 from qtoolkit.workflow import calibrate, prepare
 
 _NAN = float("nan")
@@ -127,14 +128,7 @@ class Sensitivity:
                 for e in (row[name] for name in self.formats)
             ]
             lines.append([row[first].name, row[first].kind, *numbers])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in lines
-        )
+        return text_table(lines, right=range(2, len(headings)))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes the table as a page with a plot for each format: one file that loads nothing."""

@@ -38,7 +38,15 @@ CPP_STANDARD = """
 # Modules of python/qtoolkit, from the lowest layer up; the longest name that fits a module counts.
 PYTHON_LAYERS = [
     {"_version", "_C", "_library"},
-    {"ops", "formats", "progress", "observers.registry", "fake_quantize.registry"},
+    {
+        "ops",
+        "formats",
+        "progress",
+        "text_table",
+        "eval_mode",
+        "observers.registry",
+        "fake_quantize.registry",
+    },
     {"qconfig"},
     {"observers"},
     {"fake_quantize"},
@@ -47,7 +55,15 @@ PYTHON_LAYERS = [
     {"graph"},
     {"algorithms"},
     {"recipe", "presets"},
-    {"html", "measures", "batches", "checkpoint", "layer_formats", "layer_simulation"},
+    {
+        "html",
+        "measures",
+        "batches",
+        "checkpoint",
+        "layer_formats",
+        "layer_simulation",
+        "layer_times",
+    },
     {
         "workflow",
         "dynamic",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtoolkit import ops
+from qtoolkit.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,7 @@ class PlanReport:
                     speed,
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 4 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = [text_table(rows, right=range(4, len(rows[0])))]
         total = sum(s.ms or 0.0 for s in self.steps)
         lines.append(
             f"{len(self.steps)} steps, {self.packed_bytes / 1e6:.2f} MB of weights, "
