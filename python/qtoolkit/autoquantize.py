@@ -457,7 +457,8 @@ def _for_training(mapping: QConfigMapping) -> QConfigMapping:
     def trained(qconfig: QConfig | None) -> QConfig | None:
         if qconfig is None or qconfig.activation is None:
             return qconfig
-        return replace(qconfig, activation=replace(qconfig.activation, observer="moving_average"))
+        averaged = replace(qconfig.activation, observer="moving_average", observer_options=())
+        return replace(qconfig, activation=averaged)
 
     def entries(items: Iterable[tuple[str, QConfig | None]]) -> tuple[Any, ...]:
         return tuple((key, trained(qconfig)) for key, qconfig in items)

@@ -119,7 +119,7 @@ def _activation(eight: TensorSpec, bits: int, method: str) -> TensorSpec:
         )
     # LSQ+ begins with the range of least squared error, as the paper says.
     observer = "histogram" if method == "lsq+" else spec.observer
-    return replace(spec, method=method, observer=observer)
+    return replace(spec, method=method, observer=observer, observer_options=())
 
 
 def _weight(eight: TensorSpec, number_format: str, method: str) -> TensorSpec:

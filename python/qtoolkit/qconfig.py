@@ -84,6 +84,8 @@ class TensorSpec(_JsonFields):
             range, straight-through gradients; the only one for post-training quantization), "lsq",
             "lsq+", "pact", "twn", "xnor", "float", "block_float" or one added with
             `qtoolkit.fake_quantize.register_fake_quantize`.
+        observer_options: what the observer is made with, by name, such as {"bins": 512} or
+            {"averaging_constant": 0.1}; a dict is kept as a tuple of pairs. Defaults where absent.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message lists those that are.
@@ -97,6 +99,7 @@ class TensorSpec(_JsonFields):
     symmetric: bool = False
     observer: str = "histogram"
     method: str = "observed"
+    observer_options: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         # Observers and methods take a TensorSpec, so they are looked up when one is made.
@@ -125,6 +128,7 @@ class TensorSpec(_JsonFields):
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"TensorSpec: symmetric must be a bool, got {self.symmetric!r}")
         observer_class = get_observer_class(self.observer)
+        self._settle_options(observer_class.options)
         method = get_fake_quantize_class(self.method)
         problem = method.problem(self)
         if problem is not None:
@@ -135,6 +139,25 @@ class TensorSpec(_JsonFields):
                 f"TensorSpec: observer {self.observer!r} is for granularity "
                 f"{' or '.join(observer_class.granularities)}, not {self.granularity}"
             )
+
+    def _settle_options(self, allowed: tuple[str, ...]) -> None:
+        """Keeps the observer's options as sorted pairs, equal for equal options."""
+        try:
+            options = dict(self.observer_options)
+        except (TypeError, ValueError):
+            raise TypeError(
+                "TensorSpec: observer_options must be a dict of names and numbers, got "
+                f"{self.observer_options!r}"
+            ) from None
+        for name, value in options.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"TensorSpec: observer {self.observer!r} has no option {name!r}; it has "
+                    f"{', '.join(allowed) or 'none'}"
+                )
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"TensorSpec: option {name!r} must be a number, got {value!r}")
+        object.__setattr__(self, "observer_options", tuple(sorted(options.items())))
 
     @property
     def quant_min(self) -> int:
@@ -153,8 +176,10 @@ class TensorSpec(_JsonFields):
         return get_fake_quantize_class(self.method).problem_as(self, role)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """The fields by name; ``observer_options`` as a dict, and only where there are some."""
+        data = asdict(self)
+        options = dict(data.pop("observer_options"))
+        return {**data, "observer_options": options} if options else data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:

@@ -160,8 +160,72 @@ def test_observers_without_counterpart():
         ours.QConfig(ours.MinMaxObserver(), ours.default_weight_observer)
     with pytest.raises(TypeError, match="expected an observer's class"):
         spec_of(3, "q")
-    with pytest.warns(UserWarning, match=r"averaging_constant=0.5 has no effect inside a model"):
-        spec_of(torch_ao.MovingAverageMinMaxObserver.with_args(averaging_constant=0.5), "q")
+
+
+@BOTH
+def test_options_of_observers_reach_the_model(tq):
+    per_channel = tq.default_per_channel_weight_observer
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    for factory, option, value in (
+        (tq.HistogramObserver.with_args(bins=64), "bins", 64),
+        (
+            tq.MovingAverageMinMaxObserver.with_args(averaging_constant=0.5),
+            "averaging_constant",
+            0.5,
+        ),
+    ):
+        mapping = qt.QConfigMapping().set_global(
+            qconfig_of(tq.QConfig(activation=factory, weight=per_channel), "q")
+        )
+        prepared = qt.prepare(model, mapping, (images(0),))
+        found = [m for m in prepared.modules() if isinstance(m, qt.observers.Observer)]
+        assert [getattr(m, option) for m in found] == [value] * 2
+    # After two batches the range of the last prepared model is halfway between theirs.
+    qt.calibrate(prepared, [images(0), images(1)], progress=False)
+    low = (images(0).min() + images(1).min()) / 2
+    torch.testing.assert_close(found[0].min_val, low)
+
+
+@BOTH
+def test_options_of_fake_quantize_reach_the_training(tq):
+    fake = tq.FakeQuantize.with_args(
+        observer=tq.MovingAverageMinMaxObserver, averaging_constant=0.5, quant_min=0, quant_max=15
+    )
+    qconfig = qconfig_of(tq.QConfig(fake, tq.default_per_channel_weight_fake_quant), "q")
+    assert qconfig.activation.format == "uint4"
+    qat = qt.prepare_qat(
+        nn.Sequential(nn.Conv2d(3, 4, 1)), qt.QConfigMapping().set_global(qconfig), (images(0),)
+    )
+    qat(images(0))
+    qat(images(1))
+    first = next(m for m in qat.modules() if isinstance(m, qt.observers.Observer))
+    torch.testing.assert_close(first.max_val, (images(0).max() + images(1).max()) / 2)
+
+
+@BOTH
+def test_options_that_mean_nothing_here_are_refused(tq):
+    weight = tq.MovingAveragePerChannelMinMaxObserver.with_args(
+        averaging_constant=0.5, dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+    )
+    for wrong, message in (
+        (weight, "measured anew at each call"),
+        (tq.MinMaxObserver.with_args(is_dynamic=True), "use PlaceholderObserver"),
+        (
+            tq.FakeQuantize.with_args(
+                observer=tq.MovingAverageMinMaxObserver, averaging_constant=1, is_dynamic=True
+            ),
+            "use PlaceholderObserver",
+        ),
+    ):
+        with pytest.raises(ours.UnsupportedError, match=message):
+            spec_of(wrong, "q")
+    averaged = tq.MovingAverageMinMaxObserver.with_args(
+        averaging_constant=0.5, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
+    )
+    with pytest.raises(ours.UnsupportedError, match=r"q: weight: averaging_constant=0\.5"):
+        qconfig_of(tq.QConfig(tq.default_observer, averaged), "q")
+    with pytest.raises(ours.UnsupportedError, match="no upsample_rate of 4"):
+        ours.HistogramObserver(upsample_rate=4)
 
 
 def test_observer_state_of_a_prepared_model():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from qtoolkit.observers import make_observer
 from qtoolkit.qconfig import (
     QConfig,
     QConfigMapping,
@@ -31,6 +32,10 @@ specs = st.builds(
     axis=st.integers(0, 4),
     symmetric=st.booleans(),
     observer=st.sampled_from(["minmax", "moving_average", "histogram"]),
+) | st.builds(
+    TensorSpec,
+    observer=st.just("histogram"),
+    observer_options=st.dictionaries(st.just("bins"), st.integers(2, 9)),
 )
 qconfigs = st.none() | st.builds(QConfig, st.none() | specs, st.none() | specs | st.just(WEIGHT))
 names = st.text(min_size=1, max_size=8)
@@ -61,11 +66,28 @@ def mappings(draw):
         ({"observer": ["minmax"]}, ValueError, "unknown observer"),
         ({"granularity": "per_channel"}, ValueError, "'histogram' is for granularity per_tensor"),
         ({"observer": "per_channel_minmax"}, ValueError, "is for granularity per_channel"),
+        ({"observer_options": {"bin": 8}}, ValueError, "no option 'bin'; it has bins"),
+        ({"observer_options": {"bins": "8"}}, TypeError, "option 'bins' must be a number"),
+        ({"observer_options": 8}, TypeError, "must be a dict of names and numbers, got 8"),
     ],
 )
 def test_tensor_spec_rejects(fields, error, message):
     with pytest.raises(error, match=message):
         TensorSpec(**fields)
+
+
+def test_options_reach_the_observer():
+    options = {"percentile": 90.0, "bins": 64}
+    spec = TensorSpec(observer="percentile", observer_options=options)
+    assert spec == TensorSpec(observer="percentile", observer_options=tuple(options.items())[::-1])
+    assert hash(spec) != hash(TensorSpec(observer="percentile"))
+    assert spec.to_dict()["observer_options"] == options
+    assert "observer_options" not in TensorSpec().to_dict()
+    observer = make_observer(spec)
+    assert (observer.percentile, observer.bins) == (90.0, 64)
+    assert observer.histogram.shape == (64,)
+    with pytest.raises(ValueError, match="percentile must be above 0"):
+        make_observer(dataclasses.replace(spec, observer_options={"percentile": 0.0}))
 
 
 def test_symmetric_int8_leaves_the_lowest_code_out():

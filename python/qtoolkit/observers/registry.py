@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from qtoolkit.observers.base import Observer
@@ -49,7 +49,11 @@ def make_observer(spec: TensorSpec, name: str = "") -> Observer:
     """A new observer for a tensor that is quantized as `spec` says.
 
     Args:
-        spec: names the observer and the number format.
+        spec: names the observer, its options and the number format.
         name: the module that the tensor belongs to, for error messages.
+
+    Raises:
+        ValueError: an option's value is not allowed.
     """
-    return get_observer_class(spec.observer)(spec, name=name)
+    options: dict[str, Any] = dict(spec.observer_options)
+    return get_observer_class(spec.observer)(spec, name=name, **options)

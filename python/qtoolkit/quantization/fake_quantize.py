@@ -27,7 +27,7 @@ class FakeQuantize(ObservedFakeQuantize):
     Args:
         observer: the class of the observer, or a factory of it.
         quant_min, quant_max: the range of codes, see ``ObserverBase``.
-        is_dynamic: accepted, without effect.
+        is_dynamic: False, as of the observers.
         observer_kwargs: arguments of the observer.
     """
 
@@ -43,6 +43,8 @@ class FakeQuantize(ObservedFakeQuantize):
             observer_kwargs["quant_min"] = quant_min
         if quant_max is not None:
             observer_kwargs["quant_max"] = quant_max
+        if is_dynamic:
+            observer_kwargs["is_dynamic"] = True  # which raises
         made = observer(**observer_kwargs)
         super().__init__(made.spec)
         self.observer = made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -103,16 +103,18 @@ class ObserverBase(_WithArgs, observers.Observer):
         reduce_range: accepted, without effect: all 8 bits are used, as no kernel saturates.
         quant_min, quant_max: the range of codes; fewer bits than 7 choose such a format.
         ch_axis: channel dimension of the observers per channel.
-        factory_kwargs, eps, is_dynamic: accepted, without effect.
+        eps: accepted, without effect: the least scale that torch.ao's kernels take; these take all.
+        factory_kwargs: accepted, without effect: an observer is where its model is.
+        is_dynamic: False; see ``PlaceholderObserver``.
 
     Raises:
-        UnsupportedError: there is no such format.
+        UnsupportedError: there is no such format, or ``is_dynamic``.
     """
 
     _observer = "minmax"
     _dtype = torch.quint8
     _qscheme: torch.qscheme = torch.per_tensor_affine
-    _options: tuple[str, ...] = ()
+    _options: ClassVar[dict[str, float]] = {}  # with their defaults
 
     def __init__(
         self,
@@ -136,19 +138,32 @@ class ObserverBase(_WithArgs, observers.Observer):
         per_channel = qscheme in _PER_CHANNEL
         if per_channel != (self._qscheme in _PER_CHANNEL):
             raise UnsupportedError(f"{type(self).__name__} has no {qscheme}")
+        if is_dynamic:
+            raise UnsupportedError(
+                f"{type(self).__name__} has no is_dynamic: use PlaceholderObserver.with_args("
+                "dtype=torch.quint8, is_dynamic=True), and quantize_dynamic or convert"
+            )
         spec = TensorSpec(
             format_name(dtype, quant_min, quant_max),
             "per_channel" if per_channel else "per_tensor",
             axis=ch_axis,
             symmetric=qscheme in _SYMMETRIC,
             observer=self._observer,
+            observer_options=tuple(
+                (name, value) for name, value in options.items() if value != self._options[name]
+            ),
         )
-        super().__init__(spec, **{key: options[key] for key in self._options if key in options})
+        super().__init__(spec, **options)
         self.dtype = dtype
         self.qscheme = qscheme
         self.reduce_range = reduce_range
-        self.is_dynamic = is_dynamic
+        self.is_dynamic = False
         self.ch_axis = ch_axis
+
+    @classmethod
+    def options_of(cls) -> tuple[str, ...]:
+        """The names of the options that are this class's own, such as ``bins``."""
+        return tuple(cls._options)
 
     @property
     def quant_min(self) -> int:
@@ -185,7 +200,7 @@ class MovingAverageMinMaxObserver(ObserverBase, observers.MovingAverageMinMaxObs
     """
 
     _observer = "moving_average"
-    _options = ("averaging_constant",)
+    _options: ClassVar[dict[str, float]] = {"averaging_constant": 0.01}
 
     def __init__(self, averaging_constant: float = 0.01, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, averaging_constant=averaging_constant, **kwargs)
@@ -196,13 +211,20 @@ class HistogramObserver(ObserverBase, observers.HistogramObserver):
 
     Args:
         bins: number of bins, here the first argument.
+        upsample_rate: torch.ao's default; counts move to wider bins in 16 parts.
+
+    Raises:
+        UnsupportedError: another ``upsample_rate``.
     """
 
     _observer = "histogram"
-    _options = ("bins",)
+    _options: ClassVar[dict[str, float]] = {"bins": 2048}
 
-    def __init__(self, bins: int = 2048, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("upsample_rate", None)
+    def __init__(
+        self, bins: int = 2048, *args: Any, upsample_rate: int = 16, **kwargs: Any
+    ) -> None:
+        if upsample_rate != 16:
+            raise UnsupportedError(f"HistogramObserver has no upsample_rate of {upsample_rate}")
         super().__init__(*args, bins=bins, **kwargs)
 
 

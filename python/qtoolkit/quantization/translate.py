@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -51,13 +50,8 @@ def spec_of(factory: Any, where: str) -> TensorSpec | None:
 
 
 def _spec_of_instance(made: Any, where: str) -> TensorSpec | None:
-    for option, default in (("averaging_constant", 0.01), ("bins", 2048)):
-        if getattr(made, option, default) != default:
-            warnings.warn(
-                f"{where}: {option}={getattr(made, option)} has no effect inside a model, where it "
-                f"is {default}",
-                stacklevel=2,
-            )
+    if "PerChannel" in type(made).__name__:
+        _check_not_averaged(getattr(made, "averaging_constant", None), where)
     inner = getattr(made, "activation_post_process", None)
     if inner is not None:
         return _spec_of_instance(inner, where)
@@ -79,10 +73,27 @@ def _spec_of_instance(made: Any, where: str) -> TensorSpec | None:
             "or write a class of qtoolkit.observers (CONTRIBUTING.md) and give its TensorSpec"
         )
     keywords = {} if getattr(made, "ch_axis", -1) == -1 else {"ch_axis": made.ch_axis}
-    reduced = (
+    reduced: dict[str, Any] = (
         {} if made.reduce_range else {"quant_min": made.quant_min, "quant_max": made.quant_max}
     )
-    return known(dtype=made.dtype, qscheme=made.qscheme, **reduced, **keywords).spec
+    options: dict[str, Any] = {name: getattr(made, name) for name in known.options_of()}
+    return known(
+        dtype=made.dtype,
+        qscheme=made.qscheme,
+        is_dynamic=getattr(made, "is_dynamic", False),
+        **reduced,
+        **keywords,
+        **options,
+    ).spec
+
+
+def _check_not_averaged(averaging_constant: float | None, where: str) -> None:
+    """A weight is there as a whole at each call, so its range is that of now."""
+    if averaging_constant not in (None, 0.01):
+        raise UnsupportedError(
+            f"{where}: averaging_constant={averaging_constant} is for activations: a weight's "
+            "range is measured anew at each call; leave it out"
+        )
 
 
 def _check_not_overridden(made: nn.Module, where: str) -> None:
@@ -112,6 +123,9 @@ def qconfig_of(qconfig: Any, where: str) -> QConfig | None:
     # Where only activations are quantized, the weight may be given as float16.
     passing = getattr(qconfig.weight, "__name__", "") in _FLOAT
     weight = None if passing else spec_of(qconfig.weight, f"{where}: weight")
+    if weight is not None:
+        constant = dict(weight.observer_options).get("averaging_constant")
+        _check_not_averaged(constant, f"{where}: weight")
     if weight is not None and (weight.format.startswith("int") or activation is not None):
         # Kernels take signed weights without a zero point.
         signed = weight.format.removeprefix("u")
