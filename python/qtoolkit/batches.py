@@ -36,8 +36,10 @@ def input_batches(
 
     Raises:
         ValueError: the loader is empty, or a batch holds NaN or infinite values; says which.
-        TypeError: a batch of another kind.
+        TypeError: a batch of another kind, a loader that is none, or a model that is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} needs a torch.nn.Module, got {type(model).__name__}")
     tensors = (*model.parameters(), *model.buffers())
     device = tensors[0].device if tensors else None
     index = -1
@@ -82,18 +84,31 @@ def gather_batches(
     return batches[0] if example_inputs is None else tuple(example_inputs), batches
 
 
+def dict_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What of a dict is an argument of ``forward``; a label, for example, is not.
+
+    Raises:
+        TypeError: nothing is.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = {key: value for key, value in batch.items() if takes_all or key in parameters}
+    if not known:
+        raise TypeError(
+            f"a batch is a dict with the keys {list(batch)}, of which forward takes none: its "
+            f"arguments are {list(parameters)}"
+        )
+    return known
+
+
 def _from_dict(batch: Mapping[str, Any], model: nn.Module) -> tuple[Any, ...]:
     """The arguments by position, defaults filled in where one that is absent comes before."""
     parameters = inspect.signature(model.forward).parameters
     known = [
         p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    dict_inputs(batch, model)
     given = [i for i, p in enumerate(known) if p.name in batch]
-    if not given:
-        raise TypeError(
-            f"a batch is a dict with the keys {list(batch)}, of which forward takes none: its "
-            f"arguments are {[p.name for p in known]}"
-        )
     values = []
     for p in known[: given[-1] + 1]:
         if p.name not in batch and p.default is p.empty:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 
@@ -16,7 +17,15 @@ def batch_bar(
 
     Raises:
         ValueError: ``max_batches`` is below 1.
+        TypeError: the loader is one tensor, whose samples would pass for batches, or no iterable.
     """
+    iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if isinstance(loader, Tensor) or not iterable:
+        what = f"a tensor of {tuple(loader.shape)}" if isinstance(loader, Tensor) else repr(loader)
+        raise TypeError(
+            f"{description} needs a loader: an iterable of batches, such as a DataLoader or "
+            f"[batch]; got {what}"
+        )
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"{description}: max_batches must be at least 1, got {max_batches}")
     return tqdm(

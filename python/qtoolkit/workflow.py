@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from qtoolkit.batches import dict_inputs
 from qtoolkit.distributed import (
     gathered,
     install_synchronizer,
@@ -17,6 +18,7 @@ from qtoolkit.distributed import (
     synchronize,
     unwrapped,
 )
+from qtoolkit.eval_mode import eval_mode
 from qtoolkit.fake_quantize import ON_NONFINITE, FakeQuantize
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
@@ -150,8 +152,8 @@ def _call(model: nn.Module, batch: Any, inputs: int, device: torch.device | None
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
-    if isinstance(batch, dict):
-        model(**{key: move(value) for key, value in batch.items()})
+    if isinstance(batch, Mapping):
+        model(**{key: move(value) for key, value in dict_inputs(batch, model).items()})
     else:
         model(*(move(value) for value in model_inputs(batch, inputs)))
 
@@ -170,13 +172,15 @@ def calibrate(
 
     Args:
         prepared: the result of ``prepare`` (or ``prepare_qat``); it is changed and returned.
-        loader: batches: tensors, tuples ``(input, label)``, or dicts of keyword inputs.
+        loader: batches: tensors, tuples ``(input, label)``, or dicts that hold inputs by name;
+            what is no argument of ``forward``, such as a label, is left out.
         max_batches: stop after so many.
         progress: show a progress bar.
 
     Raises:
         ValueError: the model is not prepared, there is no data, or a batch gives NaN or infinite
             activations (names the layer).
+        TypeError: the loader or a batch is of another kind.
         RuntimeError: it failed on another rank, or the models of the ranks differ.
     """
     model = unwrapped(prepared)
@@ -187,22 +191,16 @@ def calibrate(
         raise ValueError("calibrate: this model is converted already; calibrate the prepared one")
     observers = _observers(model)
     device = next((p.device for p in model.parameters()), None)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    # A fake-quantize module observes in training only.
-    for observer in observers:
-        observer.train()
-    try:
-        with on_all_ranks("calibrate"), torch.no_grad():
-            batches = 0
-            for batch in batch_bar(loader, max_batches, "calibrate", progress=progress):
-                _call(model, batch, report.inputs, device)
-                batches += 1
-            if batches == 0:
-                raise ValueError("calibrate got no data: the loader is empty")
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(model), on_all_ranks("calibrate"), torch.no_grad():
+        # A fake-quantize module observes in training only.
+        for observer in observers:
+            observer.train()
+        batches = 0
+        for batch in batch_bar(loader, max_batches, "calibrate", progress=progress):
+            _call(model, batch, report.inputs, device)
+            batches += 1
+        if batches == 0:
+            raise ValueError("calibrate got no data: the loader is empty")
     synchronize(model)
     for observer in observers:
         if isinstance(observer, FakeQuantize):

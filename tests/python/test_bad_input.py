@@ -68,6 +68,60 @@ def test_calibrate_with_a_batch_that_is_no_input(prepared):
         qt.calibrate(prepared, ["text"], progress=False)
 
 
+@pytest.mark.parametrize("loader", [X, None, 3])
+def test_a_loader_that_is_none(model, prepared, loader):
+    for run in (
+        lambda: qt.calibrate(prepared, loader, progress=False),
+        lambda: qt.quantize(model, loader, progress=False),
+        lambda: qt.sensitivity(model, loader, progress=False),
+    ):
+        with pytest.raises(TypeError, match=r"needs a loader: an iterable of batches.*\[batch\]"):
+            run()
+
+
+def test_quantize_of_something_else():
+    with pytest.raises(TypeError, match=r"quantize needs a torch\.nn\.Module, got function"):
+        qt.quantize(lambda x: x, [X], progress=False)
+
+
+def test_calibrate_leaves_the_labels_of_dicts_out(model, prepared):
+    other = qt.prepare(model, example_inputs=(X,))
+    qt.calibrate(prepared, [{"x": X, "label": torch.zeros(2)}], progress=False)
+    qt.calibrate(other, [X], progress=False)
+    assert torch.equal(qt.convert(prepared)(X), qt.convert(other)(X))
+    with pytest.raises(TypeError, match=r"keys \['image'\], of which forward takes none"):
+        qt.calibrate(prepared, [{"image": X}], progress=False)
+
+
+def test_an_interrupted_calibration_keeps_what_it_saw(model, prepared):
+    def interrupted():
+        yield X
+        raise KeyboardInterrupt
+
+    other = qt.prepare(model, example_inputs=(X,))
+    with pytest.raises(KeyboardInterrupt):
+        qt.calibrate(prepared, interrupted(), progress=False)
+    assert not any(isinstance(m, nn.ReLU) and m.inplace for m in prepared.modules())
+    qt.calibrate(prepared, [2 * X], progress=False)
+    qt.calibrate(other, [X, 2 * X], progress=False)
+    assert torch.equal(qt.convert(prepared)(X), qt.convert(other)(X))
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a4", "qnnpack", "tensorrt"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constant_data_gives_finite_results(model, recipe, value):
+    quantized = qt.quantize(model, [torch.full_like(X, value)], recipe, progress=False)
+    assert bool(quantized(X).isfinite().all())
+
+
+def test_batches_of_varying_size_are_the_data_of_one(model):
+    whole = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    split = qt.quantize(model, [whole[:4], whole[4:5], whole[5:]], "w8a8-fast", progress=False)
+    once = qt.quantize(model, [whole], "w8a8-fast", progress=False)
+    # Histograms are moved to wider bins as the range grows, which may shift an end by a bin.
+    torch.testing.assert_close(split(whole), once(whole), rtol=0.02, atol=0.02)
+
+
 def test_convert_of_a_plain_model(model):
     with pytest.raises(ValueError, match=r"qt\.prepare"):
         qt.convert(model)
