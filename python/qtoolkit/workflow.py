@@ -20,6 +20,7 @@ from qtoolkit.distributed import (
 )
 from qtoolkit.eval_mode import eval_mode
 from qtoolkit.fake_quantize import ON_NONFINITE, FakeQuantize
+from qtoolkit.graph.activations_in_place import activations_in_place
 from qtoolkit.graph.lower import lower_graph
 from qtoolkit.graph.modules import graph_modules
 from qtoolkit.graph.prepare import is_observer, prepare_model
@@ -191,7 +192,12 @@ def calibrate(
         raise ValueError("calibrate: this model is converted already; calibrate the prepared one")
     observers = _observers(model)
     device = next((p.device for p in model.parameters()), None)
-    with eval_mode(model), on_all_ranks("calibrate"), torch.no_grad():
+    with (
+        eval_mode(model),
+        on_all_ranks("calibrate"),
+        torch.no_grad(),
+        activations_in_place(model),
+    ):
         # A fake-quantize module observes in training only.
         for observer in observers:
             observer.train()
