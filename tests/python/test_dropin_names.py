@@ -198,7 +198,8 @@ def test_options_of_fake_quantize_reach_the_training(tq):
     )
     qat(images(0))
     qat(images(1))
-    first = next(m for m in qat.modules() if isinstance(m, qt.observers.Observer))
+    averages = qt.observers.MovingAverageMinMaxObserver
+    first = next(m for m in qat.modules() if isinstance(m, averages))
     torch.testing.assert_close(first.max_val, (images(0).max() + images(1).max()) / 2)
 
 
