@@ -1,7 +1,7 @@
 """How close exported files stay to FP32, beside the converted model that they were made from.
 
     python benchmarks/export_sqnr.py
-    python benchmarks/export_sqnr.py --targets onnx,openvino --models resnet18,vit_b_16
+    python benchmarks/export_sqnr.py --targets onnx --models resnet18,vit_b_16  # others stay
 
 Random weights, batch-norm statistics settled on random images; each target has the mapping that
 suits it. Every file is verified in its runtime while it is written. Random networks amplify single
@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 import torchvision
+from _bench import describe, facts
+
+from _common import markdown_table  # (examples/)  isort: skip
 from torch import Tensor, nn
 
 import qtoolkit as qt
@@ -131,6 +134,61 @@ def measure(name: str, size: int, targets: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+#: Rows that are no failure: what these targets hold is narrower by design.
+ONE_PLAN = "not one plan"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """The file's SQNR in dB and, where it is not the model's own, the difference."""
+    if row is None:
+        return ""
+    if "file" not in row:
+        return ONE_PLAN if row["target"] == "plan" else "refused"
+    if math.isnan(row["file"]):
+        return "verified"
+    difference = row["file"] - row["converted"]
+    return f"{row['file']:.2f} ({difference:+.2f})" if abs(difference) >= 0.005 else "same"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Networks down, targets across."""
+    found = {(row["model"], row["target"]): row for row in rows}
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = next(r for r in rows if r["model"] == model and r["target"] != "tensorrt")
+        cells = [cell(found.get((model, target))) for target in targets]
+        lines.append([model, f"{own['converted']:.2f}", *cells])
+    return markdown_table(["dB to FP32", "converted", *targets], lines)
+
+
+def document(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
+    """What docs/benchmarks.md shows, and the rows."""
+    return {
+        "title": "Exported files against FP32",
+        "command": "python benchmarks/export_sqnr.py",
+        "table": table(rows),
+        "notes": [
+            "SQNR of each file's outputs to the FP32 network's in the runtime that it is for "
+            "(TensorRT's in ONNX Runtime, without optimizations), and how far that is from the "
+            "converted model's own; TensorRT's model has symmetric codes and another SQNR, which "
+            f"its difference is from. Allowed are {ALLOWED} dB. Random weights and images. A plan "
+            f"file holds networks that are one plan as a whole; where it says {ONE_PLAN!r}, a part "
+            "of the network runs in PyTorch, and the export is refused with that part's name.\n"
+        ],
+        "facts": describe(known),
+        "rows": rows,
+    }
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run, which stay where this one has none."""
+    if not file.is_file():
+        return []
+    data = json.loads(file.read_text())
+    return data["rows"] if isinstance(data, dict) else data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 
@@ -144,10 +202,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     available = [name for name, info in qt.export.targets().items() if info.available]
     targets = args.targets or available
-    rows = [row for name in args.models for row in measure(name, MODELS.get(name, 64), targets)]
-    args.output.write_text(json.dumps(rows, indent=1) + "\n")
-    good = sum(row["ok"] for row in rows)
-    print(f"{good} of {len(rows)} files within {ALLOWED} dB; written to {args.output}")
+    order = list(MODELS)
+    for name in args.models:
+        rows = measure(name, MODELS.get(name, 64), targets)
+        merged = {(row["model"], row["target"]): row for row in [*read(args.output), *rows]}
+        ordered = sorted(
+            merged.values(),
+            key=lambda row: (
+                order.index(row["model"]) if row["model"] in order else -1,
+                row["target"],
+            ),
+        )
+        args.output.write_text(json.dumps(document(ordered, facts()), indent=1) + "\n")
+    good = sum(row["ok"] for row in ordered)
+    print(f"{good} of {len(ordered)} files within {ALLOWED} dB; written to {args.output}")
 
 
 if __name__ == "__main__":

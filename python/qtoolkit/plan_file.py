@@ -91,7 +91,10 @@ def save_plan(model: nn.Module, path: str | os.PathLike[str], example_inputs: An
         raise TypeError(f"save_plan needs a torch.nn.Module, got {type(model).__name__}")
     plan, inputs, outputs = whole_plan(model)
     with staged(path) as file:
-        _with_outputs(plan.plan, outputs).save(str(file))
+        try:
+            _with_outputs(plan.plan, outputs).save(str(file))
+        except RuntimeError as error:
+            raise OSError(f"save_plan cannot write {os.fspath(path)}: {error}") from error
         if example_inputs is not None:
             if isinstance(example_inputs, Tensor):
                 example_inputs = (example_inputs,)

@@ -283,7 +283,8 @@ class QConfigMapping(_JsonFields):
 
         Args:
             op_type: a module class, its qualified or short name ("torch.nn.Conv2d", "Conv2d"), or
-                a function or its name ("add").
+                a function or its name ("add"). "input" stands for the model's inputs, which are
+                quantized as their first reader's results otherwise.
             qconfig: what its layers get; None keeps them in float.
         """
         _check_qconfig("set_module_type", qconfig)
@@ -324,6 +325,11 @@ class QConfigMapping(_JsonFields):
             if same_type(known, type_name):
                 return qconfig
         return self.global_qconfig
+
+    def input_spec(self) -> TensorSpec | None:
+        """How the model's inputs are quantized; None: as their first reader's results."""
+        qconfig = dict(self.module_types).get("input")
+        return None if qconfig is None else qconfig.activation
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in the order in which they were made."""

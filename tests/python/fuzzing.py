@@ -27,8 +27,10 @@ from networks import Kinds, batches, quantize, settle
 from torch import nn
 
 import qtoolkit as qt
+from qtoolkit.checkpoint import Checkpoint
 from qtoolkit.registry import Registry
 from qtoolkit.saving import container
+from qtoolkit.weight_only import load_folder, save_folder
 
 _HUGE = [
     0,
@@ -288,24 +290,145 @@ def _exported(target: str, *imports: str, megabytes: int) -> Loader:
     return Loader(make, load, imports=imports, megabytes=megabytes)
 
 
-#: Files of other runtimes, which are refused before these read them, see ``export.integrity``.
+def _make_tensorrt(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    x = batches((2, 1, 4, 4), 1)[0]
+    prepared = qt.prepare(model, qt.get_default_qconfig_mapping("tensorrt"), (x,))
+    converted = qt.convert(qt.calibrate(prepared, [(x,)], progress=False))
+    return qt.export.tensorrt(converted, folder / "m.onnx", (x,), verify=False).path
+
+
+#: Files of other runtimes, which are refused before these read them, see ``export.integrity``; and
+#: the target of each.
 _EXPORTED = {
-    "onnx": _exported("onnx", "onnx", "onnxruntime", megabytes=1024),
-    "openvino": _exported("openvino", "openvino", megabytes=1024),
-    "pt2": _exported("pt2", megabytes=1024),
-    "tflite": _exported("tflite", "ai_edge_litert.interpreter", megabytes=1024),
-    "torchscript": _exported("torchscript", megabytes=1024),
+    "onnx": ("onnx", _exported("onnx", "onnx", "onnxruntime", megabytes=1024)),
+    "openvino": ("openvino", _exported("openvino", "openvino", megabytes=1024)),
+    "openvino_weights": (
+        "openvino",
+        Loader(
+            lambda folder: _make_exported("openvino", folder).with_suffix(".bin"),
+            lambda path: _load_exported("openvino", path.with_suffix(".xml")),
+            imports=("openvino",),
+            megabytes=1024,
+        ),
+    ),
+    "pt2": ("pt2", _exported("pt2", megabytes=1024)),
+    "tensorrt": (
+        "tensorrt",
+        Loader(
+            _make_tensorrt,
+            partial(_load_exported, "tensorrt"),
+            imports=("onnx", "onnxruntime"),
+            megabytes=1024,
+        ),
+    ),
+    "tflite": ("tflite", _exported("tflite", "ai_edge_litert.interpreter", megabytes=1024)),
+    "torchscript": ("torchscript", _exported("torchscript", megabytes=1024)),
 }
+
+
+def _linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 8, bias=False)).eval()
+
+
+def _make_weights(folder: Path) -> Path:
+    save_folder(qt.quantize_weights(_linear(), "int4", 8, progress=False), folder)
+    return folder / "model.safetensors"
+
+
+def _make_foreign(method: str, folder: Path) -> Path:
+    """A checkpoint in the form of GPTQ or AWQ: the first layer has 4-bit codes, in two groups."""
+    model, rng = _linear(), torch.Generator().manual_seed(0)
+    words = (2, 8) if method == "gptq" else (16, 1)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=rng).to(torch.int32)
+
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "0.weight"}
+    tensors |= {"0.qweight": integers(*words), "0.qzeros": integers(2, 1)}
+    tensors["0.scales"] = torch.rand(2, 8, generator=rng).half()
+    container.write(folder / "model.safetensors", {}, tensors)
+    config = {"quantization_config": {"quant_method": method, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "model.safetensors"
+
+
+def _load_weights(path: Path) -> None:
+    model = load_folder(path.parent, _linear())
+    with contextlib.suppress(Exception), torch.no_grad():
+        model(batches((2, 16), 1)[0])
+
+
+def _reseal_header(data: bytes, rng: random.Random) -> bytes:
+    """Changes what a safetensors file says of its tensors."""
+    length = int.from_bytes(data[:8], "little")
+    text = json.dumps(mutated_json(json.loads(data[8 : 8 + length]), rng)).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def _reseal_json(data: bytes, rng: random.Random) -> bytes:
+    return json.dumps(mutated_json(json.loads(data), rng)).encode()
+
+
+def _beside(make: Callable[[Path], Path], name: str) -> Callable[[Path], Path]:
+    """Makes the same files, of which that of the name will be damaged."""
+    return lambda folder: make(folder).with_name(name)
+
+
+#: Folders of safetensors and JSON with models whose weights are codes.
+_WEIGHTS = {
+    "weights": Loader(_make_weights, _load_weights, _reseal_header),
+    "weights_document": Loader(
+        _beside(_make_weights, "quantization.json"), _load_weights, _reseal_json
+    ),
+    "gptq": Loader(partial(_make_foreign, "gptq"), _load_weights, _reseal_header),
+    "gptq_config": Loader(
+        _beside(partial(_make_foreign, "gptq"), "config.json"), _load_weights, _reseal_json
+    ),
+    "awq": Loader(partial(_make_foreign, "awq"), _load_weights, _reseal_header),
+}
+
+
+def _make_recipe(folder: Path) -> Path:
+    qt.get_recipe(qt.recipe_names()[-1]).save(folder / "recipe.json")
+    return folder / "recipe.json"
+
+
+def _make_checkpoint(folder: Path) -> Path:
+    checkpoint = Checkpoint(folder / "run.json", "run")
+    checkpoint.state = {"layers": {"conv": 0.5}, "done": ["conv"]}
+    checkpoint.save()
+    return folder / "run.json"
+
+
+def _make_blob(folder: Path) -> Path:
+    _make_registry(folder)
+    return next(path for path in (folder / "blobs").rglob("*") if path.is_file())
+
+
+def _load_blob(path: Path) -> None:
+    root = next(parent for parent in path.parents if (parent / "versions").is_dir())
+    problems = Registry(root).verify()
+    Registry(root).checkout("net@release")
+    if problems:
+        raise ValueError(problems[0])
+
 
 #: By the name that ``scripts/fuzz_loaders.py --loader`` takes.
 LOADERS: dict[str, Loader] = {
     "save": Loader(_make_saved, _load_saved(2, 1, 4, 4), _reseal_saved),
     "save_compiled": Loader(_make_compiled, _load_saved(2, 3, 16, 16), _reseal_saved),
     "plan": Loader(_make_plan, _load_plan, _reseal_plan),
-    "registry": Loader(
-        _make_registry,
-        _load_registry,
-        lambda data, rng: json.dumps(mutated_json(json.loads(data), rng)).encode(),
-    ),
-    **{name: loader for name, loader in _EXPORTED.items() if qt.export.targets()[name].available},
+    "registry": Loader(_make_registry, _load_registry, _reseal_json),
+    "registry_blob": Loader(_make_blob, _load_blob),
+    "recipe": Loader(_make_recipe, qt.Recipe.load, _reseal_json),
+    "checkpoint": Loader(_make_checkpoint, lambda path: Checkpoint(path, "run"), _reseal_json),
+    **_WEIGHTS,
+    **{
+        name: loader
+        for name, (target, loader) in _EXPORTED.items()
+        if qt.export.targets()[target].available
+    },
 }

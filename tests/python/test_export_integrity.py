@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -93,3 +94,32 @@ def test_sealed_xml_is_well_formed(quantized, x, tmp_path):
     path = exported("openvino", quantized, x, tmp_path)
     assert path.read_bytes().startswith(b'<?xml version="1.0"?>\n<!-- qtoolkit.sha256 ')
     assert ElementTree.parse(path).getroot().tag == "net"
+
+
+def directory_with(path: Path, old: int, new: int) -> None:
+    """Changes a size that the archive's directory and local headers declare."""
+    data = path.read_bytes()
+    assert data.count(old.to_bytes(4, "little")) > 0
+    path.write_bytes(data.replace(old.to_bytes(4, "little"), new.to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize("target", ["torchscript", "pt2"])
+def test_an_archive_that_declares_more_than_it_has_is_refused(target, quantized, x, tmp_path):
+    path = exported(target, quantized, x, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    largest = max(entries, key=lambda entry: entry.file_size)
+    good = path.read_bytes()
+    for size, message in [(1 << 31, "declares"), (largest.file_size + 9, "are declared|CRC-32")]:
+        path.write_bytes(good)
+        directory_with(path, largest.file_size, size)
+        with pytest.raises(InvalidFileError, match=message):
+            qt.export.load(target, path)
+
+
+def test_an_archive_of_nothing_but_zeros_is_refused(tmp_path):
+    path = tmp_path / "m.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", bytes(1 << 22))
+    with pytest.raises(InvalidFileError, match="declares 4194304 bytes of content, 100 times"):
+        qt.export.load("torchscript", path)

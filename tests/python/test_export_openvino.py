@@ -90,6 +90,37 @@ def test_the_file_computes_the_models_codes(report):
     assert report.runtime.startswith("OpenVINO 20")
 
 
+class Block(nn.Module):
+    """A residual without a convolution in its other branch, and one with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.inner = nn.Conv2d(8, 8, 1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.side = nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        x = functional.relu(self.first(functional.relu(self.inner(x))) + x)
+        return self.last(functional.relu(self.second(x) + self.side(x)))
+
+
+def test_residuals_are_added_within_the_step_of_the_convolution(x, tmp_path):
+    torch.manual_seed(0)
+    symmetric = qt.QConfig(qt.TensorSpec("uint8", symmetric=True), None)
+    mapping = qt.get_default_qconfig_mapping("openvino").set_module_type("input", symmetric)
+    model = converted(Block().eval(), x, mapping)
+    report = qt.export.openvino(model, tmp_path / "m.xml", (x,), dynamic_batch=False)
+    kinds = [kind for kind, _ in executed(report.path)]
+    assert kinds.count("Convolution") == 6
+    # But for the input's quantization there is no other step.
+    assert len([kind for kind in kinds if kind not in {"Convolution", "Reorder", "Reshape"}]) == 1
+    assert report.layers.differing == 0.0
+
+
 def test_names_and_the_dynamic_batch(report, quantized, x):
     model = ov.Core().read_model(report.path)
     assert model.input("x").partial_shape == ov.PartialShape([-1, 3, 16, 16])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -316,10 +318,40 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
             temporary.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left"):
         fill()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_target_survives_a_disk_that_takes_no_more(tmp_path):
+    """In a process of its own, whose files may have 1000 bytes."""
+    code = """
+import resource, signal, sys, torch, qtoolkit as qt
+from pathlib import Path
+x = torch.randn(2, 3, 8, 8)
+for name, info in qt.export.targets().items():
+    if not info.available:
+        continue
+    mapping = qt.get_default_qconfig_mapping(info.preset)
+    prepared = qt.prepare(torch.nn.Conv2d(3, 64, 3).eval(), mapping, (x,))
+    model = qt.convert(qt.calibrate(prepared, [(x,)], progress=False))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        getattr(qt.export, name)(model, Path(sys.argv[1]) / f"m{info.suffix}", (x,), verify=False)
+    except OSError as error:
+        assert "write" in str(error), (name, error)
+        print(name)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    available = [name for name, info in qt.export.targets().items() if info.available]
+    assert done.stdout.split() == available
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import qtoolkit as qt
 from qtoolkit.observers import make_observer
 from qtoolkit.qconfig import (
     QConfig,
@@ -258,3 +259,14 @@ def test_presets_round_trip_through_json(target):
 def test_unknown_preset_lists_the_targets():
     with pytest.raises(ValueError, match=r"'arm'.*x86, fbgemm"):
         get_default_qconfig_mapping("arm")
+
+
+def test_the_models_inputs_can_be_quantized_otherwise():
+    symmetric = qt.TensorSpec("uint8", symmetric=True)
+    mapping = qt.get_default_qconfig_mapping().set_module_type("input", qt.QConfig(symmetric, None))
+    assert qt.QConfigMapping.from_dict(mapping.to_dict()).input_spec() == symmetric
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for known, middle in [(mapping, 128), (qt.get_default_qconfig_mapping(), 0)]:
+        prepared = qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), known, (x,))
+        layer = qt.convert(qt.calibrate(prepared, [(x,)], progress=False)).get_submodule("0")
+        assert int(layer.input_zero_point) == middle

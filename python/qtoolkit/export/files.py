@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,8 +36,27 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
             error.errno, f"cannot write {target}: {error.strerror}", str(target.parent)
         ) from error
     with folder as name:
-        yield Path(name) / target.name
+        try:
+            yield Path(name) / target.name
+        except OSError as error:
+            named = str(error.strerror).startswith("cannot write")
+            if named or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise type(error)(
+                error.errno, f"cannot write {target}: {error.strerror}", str(target.parent)
+            ) from error
         files = sorted(Path(name).iterdir(), key=lambda file: file.name == target.name)
         for file in files:
             file.chmod(0o644)
             file.replace(target.parent / file.name)
+
+
+def write_buffered(save: Callable[[io.BytesIO], object], path: Path) -> None:
+    """Writes what ``save`` puts into memory: PyTorch ends the process where a disk is full.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    save(buffer)
+    path.write_bytes(buffer.getbuffer())

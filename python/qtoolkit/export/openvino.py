@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qtoolkit.export.errors import UnsupportedError
 from qtoolkit.export.four_bits import in_four_bits
 from qtoolkit.export.integrity import XML_SEAL
+from qtoolkit.export.openvino_residuals import mark_residuals
 from qtoolkit.export.program import QdqProgram
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
@@ -170,6 +171,8 @@ def _finish(model: Any, codes: Mapping[str, _Codes]) -> None:
             limits = [opset13.constant(limit) for limit in how.limits(True)]
             new = opset13.fake_quantize(x, *limits, *limits, how.levels)
             replace_node(node, new)
+            # What is alive, though in no graph any more, would count as a reader.
+            node.input(0).replace_source_output(opset13.constant(np.float32(0)).output(0))
             new.set_friendly_name(name)
             new.output(0).set_names({name})
         elif kind == "MaxPool" and _rounds_up(node):
@@ -329,6 +332,7 @@ class OpenVinoTarget(Target):
         except Exception as error:
             raise _unsupported(program, error) from error
         _finish(model, translator.codes)
+        mark_residuals(model)
         if self.four_bits:
             translator.alive += _store_in_four_bits(model)
         for port, name in zip(model.inputs, program.input_names):
@@ -342,7 +346,12 @@ class OpenVinoTarget(Target):
     def write(self, job: Job, path: Path) -> list[str]:
         import openvino as ov
 
-        ov.save_model(self.model, path, compress_to_fp16=False)
+        try:
+            ov.save_model(self.model, path, compress_to_fp16=False)
+        except RuntimeError as error:  # it says no more than that its stream failed
+            raise OSError(
+                f"OpenVINO cannot write {path.name}, is the disk full? {error}"
+            ) from error
         return job.float_layers()
 
     def load(self, path: Path) -> Runner:
@@ -386,6 +395,7 @@ def openvino(
         MissingPackageError: ``openvino`` is not installed.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the files cannot be written.
         VerificationError: the file computes something else; nothing is left at ``path``.
     """
     return run_export(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qtoolkit.export.errors import MissingPackageError, UnsupportedError
+from qtoolkit.export.files import write_buffered
 from qtoolkit.export.integrity import ZipChecksums
 from qtoolkit.export.program import trace
 from qtoolkit.export.registry import Job, Target, register_target, run_export
@@ -84,7 +85,7 @@ class Pt2Target(Target):
         else:
             # A batch of one is traced as two, which the file need not know.
             program.example_inputs = (job.example_inputs, {})
-            torch.export.save(program, path)
+            write_buffered(lambda file: torch.export.save(program, file), path)
         warnings = job.float_layers()
         if not self.exact:
             warnings.append("Inductor compiled what is in float, which may round differently")
@@ -145,6 +146,7 @@ def pt2(
         MissingPackageError: ``aot_inductor`` without a C++ compiler.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the file cannot be written.
         VerificationError: the loaded file computes something else; nothing is left at ``path``.
     """
     return run_export(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qtoolkit.export.errors import UnsupportedError
+from qtoolkit.export.files import write_buffered
 from qtoolkit.export.integrity import ZipChecksums
 from qtoolkit.export.registry import Job, Target, register_target, run_export
 from qtoolkit.export.report import ExportReport
@@ -53,7 +54,7 @@ class TorchScriptTarget(Target):
         self.example_inputs = job.example_inputs
         with torch.no_grad():
             scripted, warnings = _script(job.model, job.example_inputs)
-        torch.jit.save(scripted, path)
+        write_buffered(lambda file: torch.jit.save(scripted, file), path)
         return warnings + job.float_layers()
 
     def load(self, path: Path) -> Runner:
@@ -87,6 +88,7 @@ def torchscript(
         ValueError: the model simulates a format in float, or cannot be converted.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the file cannot be written.
         VerificationError: the loaded file computes something else; nothing is left at ``path``.
     """
     return run_export(TorchScriptTarget(), model, path, example_inputs, verify=verify)

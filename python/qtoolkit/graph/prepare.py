@@ -252,7 +252,7 @@ def _prepare_graph(
     _assign_qconfigs(module, prefix, mapping, report, seen, qat=qat)
     matches = _drop_float_only(module, report, prefix)
 
-    specs, names = _values_to_quantize(module, matches)
+    specs, names = _values_to_quantize(module, matches, None if prefix else mapping.input_spec())
 
     for match in matches:
         anchor = called_module(match.anchor, module)
@@ -293,12 +293,12 @@ def _prepare_graph(
 
 
 def _values_to_quantize(
-    module: fx.GraphModule, matches: list[Match]
+    module: fx.GraphModule, matches: list[Match], inputs: TensorSpec | None
 ) -> tuple[dict[fx.Node, TensorSpec], dict[fx.Node, str]]:
     """Which values become codes, how, and what errors call them.
 
     A value is quantized as the layer that makes it says, or, where a float layer makes it, as the
-    first layer that reads it says.
+    first layer that reads it says; placeholders as ``inputs`` says, if it is given.
     """
     specs: dict[fx.Node, TensorSpec] = {}
     names: dict[fx.Node, str] = {}
@@ -310,7 +310,8 @@ def _values_to_quantize(
             assert note is not None
             assert note.qconfig is not None
             assert note.qconfig.activation is not None
-            specs.setdefault(source, note.qconfig.activation)
+            own = inputs if source.op == "placeholder" else None
+            specs.setdefault(source, own or note.qconfig.activation)
             names.setdefault(source, note.source if source in made else f"{note.source} (input)")
     return specs, names
 
