@@ -35,7 +35,7 @@ class Checkpoint:
         try:
             data = json.loads(self.path.read_text())
             version, known, state = data["version"], data["identity"], data["state"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} is no checkpoint of qtoolkit ({error}): delete it, or name another"
             ) from error

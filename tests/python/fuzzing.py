@@ -27,6 +27,7 @@ from networks import Kinds, batches, quantize, settle
 from torch import nn
 
 import qtoolkit as qt
+from qtoolkit.algorithms.run_folder import RunFolder
 from qtoolkit.checkpoint import Checkpoint
 from qtoolkit.registry import Registry
 from qtoolkit.saving import container
@@ -398,9 +399,18 @@ def _make_recipe(folder: Path) -> Path:
 
 def _make_checkpoint(folder: Path) -> Path:
     checkpoint = Checkpoint(folder / "run.json", "run")
-    checkpoint.state = {"layers": {"conv": 0.5}, "done": ["conv"]}
+    checkpoint.state = {"done": 1}
     checkpoint.save()
     return folder / "run.json"
+
+
+def _make_run(folder: Path) -> Path:
+    RunFolder(folder, {"recipe": "w8a8", "seed": 0, "digest": "0" * 8})
+    return folder / "run.json"
+
+
+def _load_run(path: Path) -> None:
+    RunFolder(path.parent, {"recipe": "w8a8", "seed": 0, "digest": "0" * 8})
 
 
 def _make_blob(folder: Path) -> Path:
@@ -424,7 +434,8 @@ LOADERS: dict[str, Loader] = {
     "registry": Loader(_make_registry, _load_registry, _reseal_json),
     "registry_blob": Loader(_make_blob, _load_blob),
     "recipe": Loader(_make_recipe, qt.Recipe.load, _reseal_json),
-    "checkpoint": Loader(_make_checkpoint, lambda path: Checkpoint(path, "run"), _reseal_json),
+    "checkpoint": Loader(_make_checkpoint, lambda path: Checkpoint(path, "run")),
+    "run_folder": Loader(_make_run, _load_run, _reseal_json),
     **_WEIGHTS,
     **{
         name: loader

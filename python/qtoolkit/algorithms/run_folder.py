@@ -32,7 +32,10 @@ class RunFolder:
         file = self.path / _FACTS
         facts = json.loads(json.dumps(dict(facts)))
         if file.is_file():
-            known = json.loads(file.read_text())
+            try:
+                known = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"resume: {file} is damaged ({error}); delete it") from error
             other = [key for key in sorted({*known, *facts}) if known.get(key) != facts.get(key)]
             if other:
                 raise ValueError(
