@@ -145,6 +145,27 @@ def on_all_ranks(task: str) -> Iterator[None]:
             raise RuntimeError(f"{task} failed on rank {rank}: {report}")
 
 
+def true_on_all_ranks(value: bool) -> bool:
+    """Whether it is true on every rank, which all ranks ask together."""
+    if not is_distributed():
+        return value
+    values: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(values)
+
+
+def sum_of_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over all ranks, the same bits on each; the tensors themselves in one process."""
+    if not is_distributed():
+        return list(tensors)
+    found = []
+    for tensor in tensors:
+        sent = tensor.to(_communication_device(tensor.device), copy=True)
+        dist.all_reduce(sent)
+        found.append(sent.to(tensor.device))
+    return found
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Within, the parameters of a sharded model (FSDP2, tensor parallel) are whole, and its modules

@@ -9,9 +9,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qtoolkit.distributed import is_distributed, on_all_ranks, sum_of_ranks
 from qtoolkit.weight_only.method import Inputs
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -70,6 +72,9 @@ class Calibrator:
     reads is kept, and only that block runs again; it is kept for all batches, which takes the
     memory of one hidden state each.
 
+    Under ``torch.distributed`` each rank has batches of its own, and all learn what all of them
+    say; the model must be the same on each.
+
     Args:
         model: in eval mode.
         batches: as ``as_batches`` gives them.
@@ -83,6 +88,7 @@ class Calibrator:
 
     Raises:
         ValueError: the model fails on the data.
+        RuntimeError: it fails on that of another rank, or the ranks' data reach other layers.
     """
 
     def __init__(
@@ -96,8 +102,20 @@ class Calibrator:
         self._chain: list[str] = []
         self._position = -1
         self._kept: list[Batch] = []
-        with _without_cache(model):
+        with on_all_ranks("quantize_weights"), _without_cache(model):
             self._explore(layers)
+        if is_distributed():
+            orders: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(orders, self.order)
+            for rank, order in enumerate(orders):
+                if order != orders[0]:
+                    other = {n for step in order for n in step}
+                    first = {n for step in orders[0] for n in step}
+                    raise RuntimeError(
+                        f"quantize_weights: the data of rank {rank} reaches other layers than that "
+                        f"of rank 0, or in another order ({sorted(first ^ other)[:3]}); give each "
+                        "rank data that reaches all, or exclude those layers"
+                    )
 
     def _explore(self, layers: Mapping[str, nn.Module]) -> None:
         read: dict[str, Tensor] = {}  # holds the tensors, so that no two have the same id
@@ -189,8 +207,9 @@ class Calibrator:
 
         Raises:
             ValueError: it reads NaN or infinity; the message names it.
+            RuntimeError: it does on another rank.
         """
-        layer = self._model.get_submodule(name)
+        layer: Any = self._model.get_submodule(name)
         total: list[Tensor] = []
         count = 0
 
@@ -209,15 +228,24 @@ class Calibrator:
         # A layer that is called several times in a run is read at its first call alone.
         after = layer.register_forward_hook(_stop)
         try:
-            for index in range(len(self._batches)):
-                with suppress(_Reached):
-                    self.replay(name, index)
+            with on_all_ranks("quantize_weights"):
+                for index in range(len(self._batches)):
+                    with suppress(_Reached):
+                        self.replay(name, index)
         finally:
             handle.remove()
             after.remove()
-        if count == 0:
+        rows = float(sum_of_ranks([torch.tensor(count, dtype=torch.float64)])[0])
+        if rows == 0:
             return None
-        return Inputs(total[0] / count, total[1] / count, count)
+        if not total:  # on the data of this rank
+            columns, device = layer.weight[0].numel(), layer.weight.device
+            total = [
+                torch.zeros(columns, columns, device=device),
+                torch.zeros(columns, device=device),
+            ]
+        moments, magnitude = sum_of_ranks(total)
+        return Inputs(moments / rows, magnitude / rows, int(rows))
 
     def _block_of(self, name: str) -> str | None:
         found = [block for block in self._chain if name.startswith(f"{block}.") or name == block]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtoolkit.distributed import true_on_all_ranks
 from qtoolkit.nn.weight_only import QuantizedWeightLinear
 from qtoolkit.weight_only.calibration import Calibrator, tensors_of
 
@@ -40,11 +41,13 @@ def fold_factor(model: nn.Module, names: list[str], calibrator: Calibrator) -> b
     for layer in layers:
         layer.input_factor = None
     after = next(tensors_of(calibrator.replay(names[0], 0)), None)
+    unchanged = False
     if before is not None and after is not None:
         limit = _TOLERANCE if before.dtype == torch.float32 else 10 * _TOLERANCE
         change = (after.float() - before.float()).square().mean()
-        if bool(change <= limit**2 * before.float().square().mean()):
-            return True
+        unchanged = bool(change <= limit**2 * before.float().square().mean())
+    if true_on_all_ranks(unchanged):
+        return True
     norm._parameters.update(kept)
     for layer in layers:
         layer.input_factor = factor

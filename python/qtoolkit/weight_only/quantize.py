@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtoolkit.distributed import true_on_all_ranks
 from qtoolkit.dynamic import leave_fast_paths
 from qtoolkit.graph.report import FloatLayer, Report, get_report, set_report
 from qtoolkit.nn.base import QuantizedModule
@@ -75,6 +76,8 @@ def quantize_weights(
             of a row may be shorter. mxfp4 and nvfp4 have their own.
         method: ``rtn``, ``hqq``, or, with data, ``gptq``, ``awq``; see ``qtoolkit.weight_only``.
         data: batches of the model's inputs: tensors, tuples (labels are left out) or mappings.
+            Under ``torch.distributed`` each rank gives its share, one batch at least, and all get
+            the same codes, as from all data; the model must be the same on each.
         include: patterns of names, as in ``QConfigMapping.set_module_name``; only layers that match
             one, or lie in a module that does, are quantized. None: all.
         exclude: patterns of the layers that stay in float.
@@ -251,7 +254,8 @@ class _Run:
         known = [finished and finished.load(n, w, self._grid(w)) for n, w in zip(names, weights)]
         results: list[Result]
         method, why = self._method_for(names[0], layers[0])
-        if all(result is not None for result in known):
+        done = all(result is not None for result in known)
+        if true_on_all_ranks(done) if calibrator is not None else done:
             results = known  # type: ignore[assignment]
         else:
             inputs: Inputs | None = None
