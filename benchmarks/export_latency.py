@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from _bench import describe, facts, settled_model, structured_images, write_json
+
+from _common import markdown_table  # (examples/)  isort: skip
 from torch import Tensor, nn
 
 import qtoolkit as qt
@@ -184,7 +186,25 @@ def main() -> None:
         for runtime in args.runtimes.split(",")
         for row in measure(name, runtime, threads, args.seconds)
     ]
-    write_json("export_latency", {**known, "size": SIZE, "rows": rows})
+    table = markdown_table(
+        ["", "qtoolkit ms", "own quantizer's ms", "ratio (least)", "ratio (median)"],
+        [
+            [
+                f"{row['model']} in {row['runtime']}, {row['threads']} threads",
+                *(f"{row['min_ms'][name]:.2f}" for name in ("qtoolkit", "own quantizer")),
+                *(f"{row['ratio'][name]:.3f}" for name in ("min", "median")),
+            ]
+            for row in rows
+        ],
+    )
+    result = {
+        "title": "Exported files beside those of the runtimes' own quantizers",
+        "command": "python benchmarks/export_latency.py",
+        "table": table,
+        "notes": [f"Batch 1, {SIZE}x{SIZE}, random weights; least and median of runs in turns.\n"],
+        "facts": describe({**known, "threads": args.threads}),
+    }
+    write_json("export_latency", {**result, **known, "size": SIZE, "rows": rows})
 
 
 if __name__ == "__main__":
