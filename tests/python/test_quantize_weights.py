@@ -404,10 +404,28 @@ def bad_weight() -> nn.Module:
     [
         ({"model": 3}, TypeError, "needs a torch.nn.Module, got int"),
         ({"model": bad_weight()}, ValueError, r"blocks.1.up.weight holds 1 values that are NaN"),
-        ({"format": "int7"}, ValueError, "unknown number format 'int7'"),
+        ({"format": "int7"}, ValueError, "weights have no format 'int7': use int8"),
         ({"format": "uint8"}, ValueError, "weights have no format 'uint8'"),
         ({"format": "nf4", "symmetric": False}, ValueError, "nf4 has no zero points"),
         ({"group_size": 0}, ValueError, "group_size must be at least 1"),
+        ({"group_size": "128"}, TypeError, "group_size must be an integer or None, got '128'"),
+        ({"group_size": 64.0}, TypeError, "group_size must be an integer"),
+        (
+            {"method": "gptq", "data": tokens(), "options": {"damping": "x"}},
+            TypeError,
+            "method 'gptq': an option is of a wrong type",
+        ),
+        (
+            {"method": "gptq", "data": [torch.zeros(0, 24, dtype=torch.long)]},
+            ValueError,
+            "gives blocks.0.q no rows; are all batches empty",
+        ),
+        ({"resume": __file__}, NotADirectoryError, "is a file, not a folder"),
+        (
+            {"model": qt.quantize_weights(nn.Linear(8, 8), "int8", progress=False)},
+            ValueError,
+            "its 1 are quantized already",
+        ),
         ({"method": "best"}, ValueError, "unknown method 'best': use one of awq, gptq, hqq, rtn"),
         ({"method": "gptq"}, ValueError, "gptq needs data"),
         ({"options": {"x": 1}}, ValueError, r"method 'rtn' has no option \['x'\]"),
@@ -439,6 +457,8 @@ def test_inputs_that_are_not_finite_are_named():
     x[2, 2] = torch.inf
     with pytest.raises(ValueError, match="the input of 0 holds NaN or Inf"):
         quantize(model, "int4", 8, "gptq", [x])
+    with pytest.raises(ValueError, match="the input of 0 is too large: its squares are no float32"):
+        quantize(model, "int4", 8, "awq", [torch.full((4, 8), 1e30)])
 
 
 def test_no_warnings():

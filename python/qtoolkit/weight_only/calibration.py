@@ -206,7 +206,7 @@ class Calibrator:
         """What a layer reads; None where the data does not reach it.
 
         Raises:
-            ValueError: it reads NaN or infinity; the message names it.
+            ValueError: it reads NaN, infinity, or what has no squares; the message names it.
             RuntimeError: it does on another rank.
         """
         layer: Any = self._model.get_submodule(name)
@@ -245,6 +245,12 @@ class Calibrator:
                 torch.zeros(columns, device=device),
             ]
         moments, magnitude = sum_of_ranks(total)
+        if not bool(torch.isfinite(moments).all()):
+            raise ValueError(
+                f"quantize_weights: the input of {name} is too large: its squares are no float32 "
+                f"numbers, as its magnitudes are {float(magnitude.max() / rows):g} on average; "
+                "check the data, or exclude the layer"
+            )
         return Inputs(moments / rows, magnitude / rows, int(rows))
 
     def _block_of(self, name: str) -> str | None:

@@ -31,6 +31,10 @@ _NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_UNKNOWN = (
+    "weights have no format {}: use int8, int6, int5, int4, int3, int2, ternary, binary, nf4, fp8, "
+    "mxfp4, nvfp4, or fp16 and bf16 to cast"
+)
 # Shares of a group's range that a search tries, by bits: what few codes gain by clipping.
 _SHARES = {8: 0.95, 6: 0.85, 5: 0.8, 4: 0.65, 3: 0.5, 2: 0.25, 1: 0.95}
 _STEP = 0.05
@@ -235,7 +239,10 @@ def make_grid(format: str, group_size: int | None, symmetric: bool | None = None
     Raises:
         ValueError: the format is unknown or has no place in weights of codes; the group is none.
     """
-    row = get_format(ALIASES.get(format, format))
+    try:
+        row = get_format(ALIASES.get(format, format))
+    except ValueError:
+        raise ValueError(_UNKNOWN.format(repr(format))) from None
     if row.kind == "block_float" and group_size not in (None, row.block_size):
         raise ValueError(f"{row.name} has groups of {row.block_size}, not {group_size}")
     size = row.block_size or group_size or 0
@@ -253,10 +260,7 @@ def make_grid(format: str, group_size: int | None, symmetric: bool | None = None
         return FloatGrid(row, 8, size)
     if row.name in ("mxfp4", "nvfp4"):
         return BlockFloatGrid(row, 4, size)
-    raise ValueError(
-        f"weights have no format {format!r}: use int8, int6, int5, int4, int3, int2, ternary, "
-        "binary, nf4, fp8, mxfp4, nvfp4, or fp16 and bf16 to cast"
-    )
+    raise ValueError(_UNKNOWN.format(repr(format)))
 
 
 def grouped(matrix: Tensor, group_size: int) -> Tensor:

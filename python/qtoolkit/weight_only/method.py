@@ -114,6 +114,7 @@ def make_weight_method(name: str, options: Mapping[str, Any] | None = None) -> W
 
     Raises:
         ValueError: an unknown name or option; lists those that there are.
+        TypeError: an option is of a wrong type.
     """
     if not isinstance(name, str) or name not in _METHODS:
         raise ValueError(f"unknown method {name!r}: use one of {', '.join(weight_methods())}")
@@ -122,7 +123,10 @@ def make_weight_method(name: str, options: Mapping[str, Any] | None = None) -> W
     unknown = [key for key in options or {} if key not in known]
     if unknown:
         raise ValueError(f"method {name!r} has no option {unknown}: its options are {known}")
-    return cls(**dict(options or {}))
+    try:
+        return cls(**dict(options or {}))
+    except TypeError as error:
+        raise TypeError(f"method {name!r}: an option is of a wrong type: {error}") from error
 
 
 def output_error(weight: Tensor, quantized: Tensor, inputs: Inputs) -> float:

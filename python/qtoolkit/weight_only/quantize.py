@@ -110,8 +110,12 @@ def quantize_weights(
         raise ValueError(
             f'quantize_weights: accumulate must be "float32" or "int8", got {accumulate!r}'
         )
-    if group_size is not None and (isinstance(group_size, bool) or group_size < 1):
-        raise ValueError(f"quantize_weights: group_size must be at least 1, got {group_size!r}")
+    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int)):
+        raise TypeError(
+            f"quantize_weights: group_size must be an integer or None, got {group_size!r}"
+        )
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"quantize_weights: group_size must be at least 1, got {group_size}")
     patterns = _as_patterns("include", include), _as_patterns("exclude", exclude) or ()
     if format in _CASTS:
         layers = {
@@ -229,7 +233,10 @@ class _Run:
             if reason is not None:
                 report.floats.append(FloatLayer(name, type(layers[name]).__name__, reason))
         if not chosen:
-            why = "; ".join(f"{f.name}: {f.reason}" for f in report.floats[:3]) or "it has none"
+            why = "; ".join(f"{f.name}: {f.reason}" for f in report.floats[:3])
+            done = sum(isinstance(m, QuantizedModule) for m in self.model.modules())
+            if not why:
+                why = f"its {done} are quantized already" if done else "it has none"
             raise ValueError(f"quantize_weights: no layer can be quantized ({why})")
         self.counts = {name: len(holders[id(layer.weight)]) for name, layer in layers.items()}
         return chosen
@@ -261,6 +268,11 @@ class _Run:
             inputs: Inputs | None = None
             if method.needs_data and calibrator is not None:
                 inputs = calibrator.collect(names[0])
+                if inputs is None:
+                    raise ValueError(
+                        f"quantize_weights: the data gives {names[0]} no rows; are all batches "
+                        "empty?"
+                    )
             results = self._quantize(method, weights, inputs, layers)
             if finished is not None:
                 for name, weight, result in zip(names, weights, results):

@@ -40,10 +40,15 @@ class Finished:
     Args:
         folder: made when the first layer is done.
         settings: all that the codes of a layer depend on beside its name and weight.
+
+    Raises:
+        NotADirectoryError: there is a file of that name.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Any) -> None:
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"quantize_weights: resume={folder} is a file, not a folder")
         self._settings = digest_of([settings])
 
     def _key(self, name: str, weight: Tensor) -> str:
