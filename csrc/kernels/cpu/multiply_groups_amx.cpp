@@ -10,8 +10,8 @@ namespace {
 using namespace avx512vnni;
 
 constexpr int kTile = 16;                     // channels, and rows of activations, of a tile
-constexpr int64_t kMostRows = 64;             // of activations at once,
-constexpr int64_t kMostChannels = 4 * kTile;  // and channels: with both the sums stay in L1
+constexpr int64_t kMostRows = 128;            // of activations at once,
+constexpr int64_t kMostChannels = 2 * kTile;  // and channels: with both the sums stay in L1
 constexpr int64_t kTileBytes = 64;            // of a channel that are multiplied at once
 constexpr int64_t kPieceNumbers = 512;        // of a channel that are unpacked at once, at most
 constexpr int64_t kSums = kTile * kTile;
@@ -126,7 +126,7 @@ class ManyRows {
   }
 
  private:
-  using Floats = float[kMostChannels][kMostRows];
+  using Floats = float[kMostChannels / kTile][kMostRows / kTile][kTile][kTile];
   // Packed codes of a piece: whole chunks, that as numbers stay in L1.
   static constexpr int64_t kPieceBytes =
       Unpack::kPlanes == 8 ? kGroupedChunk : kPieceNumbers / 2 / Unpack::kPlanes;
@@ -139,8 +139,10 @@ class ManyRows {
     const int64_t tiles = (count + kTile - 1) / kTile;
     first_tile_ = first_row / kTile;
     alignas(64) Floats acc;
-    for (auto& row : acc) {
-      for (int64_t t = 0; t < tiles; ++t) _mm512_store_ps(row + t * kTile, _mm512_setzero_ps());
+    for (int64_t b = 0; b < blocks_; ++b) {
+      for (int64_t i = 0; i < tiles * kTile; ++i) {
+        _mm512_store_ps(acc[b][i / kTile][i % kTile], _mm512_setzero_ps());
+      }
     }
     Pending pending{};
     Place place = place_of(group_part(weight_, 0), 0, 0);
@@ -158,8 +160,12 @@ class ManyRows {
     }
     accumulate(pending, acc);
     for (int64_t b = 0; b < blocks_; ++b) {
-      store_rows(args_, BlockRows(weight_, first_block_ + b), acc[b * kTile], kMostRows, first_row,
-                 count);
+      const BlockRows rows(weight_, first_block_ + b);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t left = count - t * kTile;
+        store_rows(args_, rows, acc[b][t][0], kTile, first_row + t * kTile,
+                   left < kTile ? left : kTile);
+      }
     }
   }
 
@@ -315,7 +321,7 @@ class ManyRows {
     const int64_t from = ((first_tile_ + tile) * groups + g) * kTile;
     const __m512 x_scale = _mm512_loadu_ps(args_.x_scale + from);
     const float* const scale = scale_[block][g % kScaleGroups];
-    float* const to = &acc[block * kTile][tile * kTile];
+    float* const to = acc[block][tile][0];
     const bool correct = kBytes && (weight_.zero_point != nullptr || weight_.zero != 128);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kTile; ++i) {
@@ -327,7 +333,7 @@ class ManyRows {
                                                        _mm512_set1_epi32(zero - 128)));
       }
       const __m512 factor = _mm512_mul_ps(x_scale, _mm512_set1_ps(scale[i]));
-      float* const here = to + i * kMostRows;
+      float* const here = to + i * kTile;
       _mm512_store_ps(here, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, _mm512_load_ps(here)));
     }
   }
