@@ -111,6 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", nargs="+", default=list(EPOCHS))
+    recipes = [text for _, text in ROWS_IN_ORDER]
+    parser.add_argument("--recipes", nargs="+", default=recipes, choices=recipes)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 
@@ -125,7 +127,7 @@ def main() -> None:
     models, cells, results, failed = {}, [], [], []
     for name, text, allowed in ROWS:
         base = name.split()[0]
-        if base not in args.models:
+        if base not in args.models or text not in args.recipes:
             continue
         if base not in models:
             models[base] = trained(base, data, args.seed)

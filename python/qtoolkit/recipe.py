@@ -206,7 +206,7 @@ def _few_bits(name: str, activation: str, *passes: str) -> Recipe:
 
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {
-    "w8a8": lambda: replace(_target("x86", "bias_correction")(), name="w8a8"),
+    "w8a8": lambda: replace(_target("x86", "range_selection", "bias_correction")(), name="w8a8"),
     "w8a8-fast": lambda: Recipe("w8a8-fast", get_default_qconfig_mapping("x86")),
     "w4a8": lambda: _few_bits("w4a8", "uint8", "adaround", "bias_correction"),
     "w4a4": lambda: _few_bits("w4a4", "uint4", "block_reconstruction"),

@@ -152,8 +152,8 @@ def test_a_shift_that_few_samples_show_by_chance_is_not_corrected():
     wanted = torch.zeros(16, 4000)
     chance = torch.randn(16, 4000, generator=generator)
     found = _shift(layer, [chance], [wanted])
-    assert found.norm() < 0.7 * chance.mean(0).norm()
+    assert found.norm() < 0.3 * chance.mean(0).norm()
     real = _shift(layer, [0.1 * chance + 1], [wanted])
-    # A shift of 1 with a standard error of 0.025 is kept but for 0.025 ** 2.
-    torch.testing.assert_close(real, 0.1 * chance.mean(0) + 1, rtol=4e-3, atol=0)
+    # Of a shift of 1 with a standard error of 0.025, 0.05 ** 2 is taken off.
+    torch.testing.assert_close(real, 0.1 * chance.mean(0) + 1, rtol=1e-2, atol=0)
     assert torch.equal(_shift(layer, [chance[:1]], [wanted[:1]]), chance[0])

@@ -7,6 +7,7 @@ from qtoolkit.algorithms.bias_correction import BiasCorrection
 from qtoolkit.algorithms.block_reconstruction import BlockReconstruction
 from qtoolkit.algorithms.context import Context, Layer
 from qtoolkit.algorithms.cross_layer_equalization import CrossLayerEqualization
+from qtoolkit.algorithms.range_selection import RangeSelection
 from qtoolkit.algorithms.registry import (
     AFTER,
     BEFORE,
@@ -32,6 +33,7 @@ __all__ = [
     "Context",
     "CrossLayerEqualization",
     "Layer",
+    "RangeSelection",
     "RunFolder",
     "SmoothQuant",
     "make_algorithm",

@@ -12,6 +12,11 @@ from qtoolkit.algorithms.context import Context, Layer
 from qtoolkit.algorithms.registry import AFTER, Algorithm, register_algorithm
 from qtoolkit.algorithms.walk import walk
 
+# So many standard errors of a mean count as chance. With one, few samples with large values decide
+# the mean, and corrections cost other data more than they gave: EfficientNet-B0 with random weights
+# lost 0.3 dB by them at 8 bits, and gained 0.5 dB with two.
+_STANDARD_ERRORS = 2.0
+
 
 @register_algorithm("bias_correction")
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def _shift(layer: Layer, outputs: list[Tensor], wanted: list[Tensor]) -> Tensor:
     """How much larger the mean of each output channel is than wanted, as far as the samples tell.
 
     The mean of few samples is uncertain, and a correction by chance adds noise: it is shrunk by the
-    share of its square that chance explains (the positive-part James-Stein estimator).
+    share of its square that chance explains (the positive-part James-Stein estimator), counting
+    ``_STANDARD_ERRORS`` as chance.
     """
     axis = -1 if isinstance(layer.module, nn.Linear) else 1
     differences = [found - aim for found, aim in zip(outputs, wanted)]
@@ -65,6 +71,6 @@ def _shift(layer: Layer, outputs: list[Tensor], wanted: list[Tensor]) -> Tensor:
     mean = by_sample.mean(0)
     if len(by_sample) < 2:
         return mean.float()
-    chance = by_sample.var(0) / len(by_sample)
+    chance = _STANDARD_ERRORS**2 * by_sample.var(0) / len(by_sample)
     share = (1 - chance / mean.square().clamp(min=1e-30)).clamp(min=0.0)
     return (mean * share).float()

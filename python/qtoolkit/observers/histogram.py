@@ -52,6 +52,10 @@ class HistogramObserver(Observer):
         spec: how the tensor is quantized.
         bins: number of bins.
         name: the module that the tensor belongs to.
+
+    Attributes:
+        chosen: the range that was chosen instead of what `search` finds, or None; not saved in the
+            state dict, and forgotten by `reset`.
     """
 
     options: ClassVar[tuple[str, ...]] = ("bins",)
@@ -63,6 +67,7 @@ class HistogramObserver(Observer):
         if bins < 2:
             raise ValueError(f"HistogramObserver: needs at least 2 bins, got {bins}")
         self.bins = bins
+        self.chosen: tuple[Tensor, Tensor] | None = None
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
 
     @classmethod
@@ -91,7 +96,9 @@ class HistogramObserver(Observer):
         self.histogram += UNITS_PER_VALUE * counts
 
     def value_range(self) -> tuple[Tensor, Tensor]:
-        """The range that `search` finds; needs the histogram on the host."""
+        """The range that `search` finds, or `chosen`; needs the histogram on the host."""
+        if self.chosen is not None:
+            return self.chosen
         state = (self.histogram, self.min_val, self.max_val)
         low, high = self.search(*(tensor.cpu() for tensor in state))
         return low.to(self.min_val.device), high.to(self.min_val.device)
@@ -103,6 +110,7 @@ class HistogramObserver(Observer):
     def reset(self) -> None:
         """Forgets all data."""
         super().reset()
+        self.chosen = None
         self.histogram.zero_()
 
     @classmethod

@@ -48,12 +48,23 @@ class PercentileObserver(HistogramObserver):
 
     def search(self, counts: Tensor, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
         """The range between the two quantiles."""
-        values = counts.double()
-        outside = (1.0 - self.percentile / 100.0) / 2.0 * values.sum()
-        width = (max_val.double() - min_val.double()) / values.numel()
-        low = min_val.double() + width * _place(values, outside)
-        high = max_val.double() - width * _place(values.flip(0), outside)
-        return low.float(), high.float()
+        return percentile_range(counts, min_val, max_val, self.percentile)
+
+
+def percentile_range(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, percentile: float
+) -> tuple[Tensor, Tensor]:
+    """The range that holds so many percent of a histogram's values, as many beyond either end.
+
+    Args:
+        counts: [bins], over [min_val, max_val], all on the CPU.
+    """
+    values = counts.double()
+    outside = (1.0 - percentile / 100.0) / 2.0 * values.sum()
+    width = (max_val.double() - min_val.double()) / values.numel()
+    low = min_val.double() + width * _place(values, outside)
+    high = max_val.double() - width * _place(values.flip(0), outside)
+    return low.float(), high.float()
 
 
 def _place(values: Tensor, wanted: Tensor) -> Tensor:
