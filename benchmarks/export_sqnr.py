@@ -174,7 +174,8 @@ def document(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any
             "converted model's own; TensorRT's model has symmetric codes and another SQNR, which "
             f"its difference is from. Allowed are {ALLOWED} dB. Random weights and images. A plan "
             f"file holds networks that are one plan as a whole; where it says {ONE_PLAN!r}, a part "
-            "of the network runs in PyTorch, and the export is refused with that part's name.\n"
+            "of the network runs in PyTorch, and the export is refused with that part's name. "
+            "Empty: not measured.\n"
         ],
         "facts": describe(known),
         "rows": rows,
