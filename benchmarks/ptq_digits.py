@@ -99,7 +99,8 @@ def write(known: dict[str, Any], new: list[dict[str, Any]]) -> None:
         "table": markdown_table(header, cells),
         "notes": [
             f"Top-1 on {TEST_IMAGES} images that were not trained on; quantized with "
-            f"{CALIBRATION_BATCHES * 32} images without labels."
+            f"{CALIBRATION_BATCHES * 32} images without labels. A row has the FP32 accuracy of its "
+            "own run: training gives other bits in each."
         ],
         "facts": _bench.describe(known),
         "rows": rows,
