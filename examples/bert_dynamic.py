@@ -1,6 +1,6 @@
 """Dynamic int8 of an encoder: accuracy, size and latency beside the float model.
 
-A small encoder of the shape of BERT learns, in about a minute, from which package of Python's own
+A small encoder of the shape of BERT learns, in a few minutes, from which package of Python's own
 standard library a piece of text is. Then its linear layers get int8 weights, and round each row of
 their input as it comes: no calibration data, no tracing.
 
