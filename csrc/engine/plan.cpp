@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "kernels/path.h"
@@ -37,12 +38,15 @@ int64_t image_bytes(const Outside& outside) {
          (outside.type == Type::codes ? 1 : 4);
 }
 
-// `what` tells the keys of instances from those of strategies.
-std::vector<int64_t> key_of(int64_t what, std::span<const Outside> inputs, int64_t threads) {
-  std::vector<int64_t> key = {what, threads};
+// `what` tells the keys of instances from those of strategies; `images` stand for the inputs' own.
+// The key is of the calling thread, as a run is to allocate nothing: the next call overwrites it.
+const std::vector<int64_t>& key_of(int64_t what, std::span<const Outside> inputs, int64_t images,
+                                   int64_t threads) {
+  thread_local std::vector<int64_t> key;
+  key.assign({what, threads});
   for (const Outside& input : inputs) {
     const Shape& shape = input.shape;
-    key.insert(key.end(), {shape.rank, shape.images, shape.height, shape.width, shape.channels,
+    key.insert(key.end(), {shape.rank, images, shape.height, shape.width, shape.channels,
                            input.planar ? 1 : 0});
   }
   return key;
@@ -53,8 +57,10 @@ void run_together(const Instance& instance, const Memory& memory, int64_t thread
                   const Team& team) {
   // The team may be smaller than asked for, which its threads learn when they start.
   Barrier barrier;
-  team(threads,
-       [&](int64_t thread, int64_t count) { instance.run(memory, thread, count, barrier); });
+  const auto body = [&](int64_t thread, int64_t count) {
+    instance.run(memory, thread, count, barrier);
+  };
+  team(threads, std::ref(body));  // a copy would be allocated
 }
 
 }  // namespace
@@ -166,9 +172,9 @@ std::vector<Outside> Plan::outputs(std::span<const Outside> inputs) const {
 std::shared_ptr<const Plan::Known> Plan::known(std::span<const Outside> inputs) const {
   require(inputs.size() == program_.inputs.size(), "this plan takes ", program_.inputs.size(),
           " inputs, got ", inputs.size());
-  batch_of(inputs);
-  const Key key = key_of(kInstance, inputs, 0);
+  const int64_t batch = batch_of(inputs);
   {
+    const Key& key = key_of(kInstance, inputs, batch, 0);
     const std::scoped_lock lock(mutex_);
     for (const std::shared_ptr<const Known>& one : known_) {
       if (one->key == key) return one;
@@ -184,8 +190,9 @@ std::shared_ptr<const Plan::Known> Plan::known(std::span<const Outside> inputs) 
             kOfElement * static_cast<double>(out.elements());
   }
   const double most = work / static_cast<double>(work_of_thread_ * program_.values());
-  const auto result = std::make_shared<const Known>(Known{
-      key, program_.outside_outputs(shapes), static_cast<int64_t>(std::clamp(most, 1.0, 65536.0))});
+  const auto result = std::make_shared<const Known>(
+      Known{key_of(kInstance, inputs, batch, 0), program_.outside_outputs(shapes),
+            static_cast<int64_t>(std::clamp(most, 1.0, 65536.0))});
   const std::scoped_lock lock(mutex_);
   known_.push_front(result);
   if (known_.size() > kMostInstances) known_.pop_back();
@@ -194,24 +201,25 @@ std::shared_ptr<const Plan::Known> Plan::known(std::span<const Outside> inputs) 
 
 std::shared_ptr<Instance> Plan::instance(std::span<const Outside> inputs, int64_t images,
                                          int64_t threads, const Team& team) {
-  const std::vector<Outside> own = with_images(inputs, images);
-  const Key key = key_of(kInstance, own, threads);
+  Key key;
   std::vector<int64_t> choices;
   bool tunes = false;
   {
+    const Key& wanted = key_of(kInstance, inputs, images, threads);
     const std::scoped_lock lock(mutex_);
     for (auto it = instances_.begin(); it != instances_.end(); ++it) {
-      if (it->first != key) continue;
+      if (it->first != wanted) continue;
       instances_.splice(instances_.begin(), instances_, it);
       return it->second;
     }
+    key = wanted;
     if (const auto found = tuning_.find(key); found != tuning_.end()) {
       choices = found->second;
       tunes = choices.empty();
     }
   }
   // Outside the lock, as it takes a while: two threads may both make one, and either serves.
-  auto made = std::make_shared<Instance>(program_, own);
+  auto made = std::make_shared<Instance>(program_, with_images(inputs, images));
   if (!choices.empty()) made->choose(choices);
   if (tunes) choices = made->tune(threads, team);
   const std::scoped_lock lock(mutex_);
@@ -225,7 +233,7 @@ Plan::Strategy Plan::strategy_for(std::span<const Outside> inputs, int64_t threa
   const int64_t batch = inputs[0].shape.images;
   {
     const std::scoped_lock lock(mutex_);
-    const auto found = tuning_.find(key_of(kStrategy, inputs, threads));
+    const auto found = tuning_.find(key_of(kStrategy, inputs, batch, threads));
     if (found != tuning_.end() && found->second.size() == 2 && found->second[0] >= 1) {
       return {std::min(found->second[0], batch), found->second[1] != 0};
     }
@@ -247,47 +255,47 @@ void Plan::run_as(const Strategy& strategy, std::span<const Outside> inputs,
       rest == strategy.images ? whole : instance(inputs, rest, team_size, team);
   const std::shared_ptr<const Known> known = this->known(inputs);
 
-  // The pointers of one part.
+  // The pointers of one part, of the calling thread: see key_of.
   struct Pointers {
     std::vector<const void*> inputs;
     std::vector<void*> outputs;
   };
-  const auto set = [&](Pointers& pointers, int64_t part) {
+  const auto pointers_of = [&](int64_t part) -> const Pointers& {
+    thread_local Pointers pointers;
     const int64_t image = part * strategy.images;
+    pointers.inputs.resize(data.size());
     for (size_t i = 0; i < data.size(); ++i) {
       pointers.inputs[i] = static_cast<const uint8_t*>(data[i]) + image * image_bytes(inputs[i]);
     }
+    pointers.outputs.resize(outputs.size());
     for (size_t i = 0; i < outputs.size(); ++i) {
       pointers.outputs[i] =
           static_cast<uint8_t*>(outputs[i]) + image * image_bytes(known->outputs[i]);
     }
-  };
-  const auto pointers = [&] {
-    return Pointers{std::vector<const void*>(data.size()), std::vector<void*>(outputs.size())};
+    return pointers;
   };
 
   if (strategy.together) {
     for (int64_t part = 0; part < parts; ++part) {
       Instance& instance = part + 1 < parts ? *whole : *last;
       const Instance::Arena arena(instance);
-      Pointers own = pointers();
-      set(own, part);
+      const Pointers& own = pointers_of(part);
       const Memory memory{arena.data(), own.inputs.data(), own.outputs.data()};
       run_together(instance, memory, threads, team);
     }
     return;
   }
   std::atomic<int64_t> next{0};
-  team(std::min(threads, parts), [&](int64_t, int64_t) {
+  const auto body = [&](int64_t, int64_t) {
     Barrier alone;
-    Pointers own = pointers();
     for (int64_t part = next.fetch_add(1); part < parts; part = next.fetch_add(1)) {
       Instance& instance = part + 1 < parts ? *whole : *last;
       const Instance::Arena arena(instance);
-      set(own, part);
+      const Pointers& own = pointers_of(part);
       instance.run({arena.data(), own.inputs.data(), own.outputs.data()}, 0, 1, alone);
     }
-  });
+  };
+  team(std::min(threads, parts), std::ref(body));
 }
 
 void Plan::run(std::span<const Outside> inputs, std::span<const void* const> data,
@@ -331,7 +339,7 @@ void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& te
   // An empty tuning makes the next instance of that size tune itself.
   for (const Strategy& candidate : candidates) {
     const int64_t team_size = candidate.together ? threads : 1;
-    const Key key = key_of(kInstance, with_images(inputs, candidate.images), team_size);
+    const Key& key = key_of(kInstance, inputs, candidate.images, team_size);
     const std::scoped_lock lock(mutex_);
     tuning_.try_emplace(key);
     instances_.remove_if([&](const auto& entry) { return entry.first == key; });
@@ -360,7 +368,7 @@ void Plan::tune(std::span<const Outside> inputs, int64_t threads, const Team& te
     instance(inputs, best.images, best.together ? threads : 1, team);
   }
   const std::scoped_lock lock(mutex_);
-  tuning_[key_of(kStrategy, inputs, threads)] = {best.images, best.together ? 1 : 0};
+  tuning_[key_of(kStrategy, inputs, batch, threads)] = {best.images, best.together ? 1 : 0};
 }
 
 PlanReport Plan::report(std::span<const Outside> inputs, int64_t threads, const Team& team,
