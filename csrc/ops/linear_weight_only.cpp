@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/path.h"
 #include "ops/aligned_buffer.h"
 #include "ops/checks.h"
+#include "ops/huge_pages.h"
 #include "ops/layout.h"
 #include "ops/parallel.h"
 #include "ops/weight_only_checks.h"
@@ -120,12 +122,15 @@ void multiply_unpacked(const kernels::MultiplyGroupsArgs& all, int64_t begin, in
   }
 }
 
-// Up to so many rows are multiplied one by one, each reading the weights as they lie.
-constexpr int64_t kFewRows = 4;
+// Up to so many rows are multiplied one by one, each with the weights as they lie: tiles are worth
+// it sooner than vectors of 16 rows.
+int64_t few_rows() {
+  return kernels::selected_path(kernels::Kernel::multiply_groups) == kernels::Path::amx ? 3 : 4;
+}
 
 Activations quantize(const Tensor& x, int64_t rows, const kernels::GroupedWeight& weight) {
   Activations result;
-  result.lanes = rows <= kFewRows ? 1 : 16;
+  result.lanes = rows <= few_rows() ? 1 : 16;
   const int64_t blocks = (rows + result.lanes - 1) / result.lanes;
   const int64_t padded = blocks * result.lanes;
   result.codes = aligned_buffer<int8_t>(padded * kernels::grouped_quads(weight) * 4 +
@@ -156,6 +161,7 @@ Tensor linear_weight_only_cpu(const Tensor& x, const Tensor& codes, const Tensor
                     " could leave the int32 accumulator; the most is ", INT32_MAX / kMostSteps);
   if (rows == 0 || codes.size(0) == 0) return y.to(x.scalar_type());
   const Tensor dense = codes.contiguous(), scales = scale.contiguous();
+  if (dense.is_same(codes)) move_to_huge_pages(codes.const_data_ptr(), codes.nbytes());
   const Tensor zeros = zero_point ? zero_point->contiguous() : Tensor();
   const Tensor biases = bias ? bias->contiguous() : Tensor();
   std::array<uint8_t, 16> numbers{};

@@ -7,6 +7,7 @@
 #include "kernels/kernels.h"
 #include "ops/aligned_buffer.h"
 #include "ops/checks.h"
+#include "ops/huge_pages.h"
 #include "ops/layout.h"
 #include "ops/parallel.h"
 #include "ops/weight_only_checks.h"
@@ -75,6 +76,7 @@ Tensor linear_weight_only_exact_cpu(const Tensor& x, const Tensor& codes, const 
   const int64_t width = x.size(-1), rows = x.numel() / width;
   if (rows == 0 || codes.size(0) == 0) return y.to(x.scalar_type());
   const Tensor dense = codes.contiguous(), scales = scale.contiguous();
+  if (dense.is_same(codes)) move_to_huge_pages(codes.const_data_ptr(), codes.nbytes());
   const Tensor zeros = zero_point ? zero_point->contiguous() : Tensor();
   const Tensor biases = bias ? bias->contiguous() : Tensor();
   const Tensor numbers = table ? table->contiguous() : Tensor();

@@ -234,6 +234,19 @@ def test_weights_of_more_than_a_panel():
     torch.testing.assert_close(x.grad, torch.ones(2, 700) @ real)
 
 
+@pytest.mark.parametrize("accumulate", ["float32", "int8"])
+def test_codes_that_move_to_huge_pages_stay_the_same(accumulate):
+    weight = random_weight(2200, 4096, 4, 128)
+    assert weight["codes"].nbytes > 1 << 22
+    few = {**weight, "codes": weight["codes"][:8].clone(), "scale": weight["scale"][:8].clone()}
+    kept, x = weight["codes"].clone(), torch.randn(2, 4096)
+    expected = ops.linear_weight_only(x, bias=None, accumulate=accumulate, **few)
+    for _ in range(2):  # the first call moves them
+        y = ops.linear_weight_only(x, bias=None, accumulate=accumulate, **weight)
+        assert torch.equal(y[:, :8], expected)
+        assert torch.equal(weight["codes"], kept)
+
+
 def test_no_rows_and_one_row():
     weight = random_weight(3, 16, 4, 8)
     assert ops.linear_weight_only(torch.zeros(0, 16), bias=None, **weight).shape == (0, 3)
