@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,11 @@ def nncf_quantize(
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
-def measure(name: str, size: int, recipe: str) -> dict[str, float]:
+def measure(name: str, size: int, recipe: str, seeds: Sequence[int]) -> dict[str, float]:
     """SQNR in dB of each quantizer's model on images that it has not seen."""
     model = make_model(name, size)
     batches = [_bench.structured_images(BATCH, size, seed) for seed in range(BATCHES)]
-    tests = [_bench.structured_images(BATCH, size, seed) for seed in TEST_SEEDS]
+    tests = [_bench.structured_images(BATCH, size, seed) for seed in seeds]
     here = Path.cwd()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         reference = [model(x) for x in tests]
@@ -186,7 +186,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--no-write", action="store_true", help="leave the result file alone")
+    parser.add_argument(
+        "--test-seeds",
+        type=int,
+        nargs="+",
+        help=f"of other batches of {BATCH} test images; their results are not written",
+    )
     args = parser.parse_args()
+    seeds = args.test_seeds or TEST_SEEDS
     warnings.filterwarnings("ignore")
     torch.backends.mha.set_fastpath_enabled(False)  # which torch.onnx cannot export
     logging.disable(logging.WARNING)
@@ -197,12 +204,12 @@ def main() -> None:
     for name in args.models:
         start = time.perf_counter()
         size = MODELS.get(name, 64)
-        found = measure(name, size, args.recipe)
+        found = measure(name, size, args.recipe, seeds)
         best = max(found["onnxruntime"], found["nncf"])
         if found["qtoolkit"] < best - ALLOWED:
             behind.append(name)
         results[name] = {"size": size, **found}
-        if not args.no_write:  # at once, as the whole table takes minutes
+        if not (args.no_write or args.test_seeds):  # at once, as the whole table takes minutes
             write(known, args.recipe, results)
         print(f"  {row_of(name, found)} {time.perf_counter() - start:.0f} s", flush=True)
     print(table_of(results))
