@@ -291,6 +291,15 @@ def _exported(target: str, *imports: str, megabytes: int) -> Loader:
     return Loader(make, load, imports=imports, megabytes=megabytes)
 
 
+def _make_beside(make: Callable[[Path], Path], name: str, folder: Path) -> Path:
+    return make(folder).with_name(name)
+
+
+def _beside(make: Callable[[Path], Path], name: str) -> Callable[[Path], Path]:
+    """Makes the same files, of which that of the name will be damaged."""
+    return partial(_make_beside, make, name)  # which can be pickled
+
+
 def _make_tensorrt(folder: Path) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
@@ -308,7 +317,7 @@ _EXPORTED = {
     "openvino_weights": (
         "openvino",
         Loader(
-            lambda folder: _make_exported("openvino", folder).with_suffix(".bin"),
+            _beside(partial(_make_exported, "openvino"), "m.bin"),
             lambda path: _load_exported("openvino", path.with_suffix(".xml")),
             imports=("openvino",),
             megabytes=1024,
@@ -371,11 +380,6 @@ def _reseal_header(data: bytes, rng: random.Random) -> bytes:
 
 def _reseal_json(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(mutated_json(json.loads(data), rng)).encode()
-
-
-def _beside(make: Callable[[Path], Path], name: str) -> Callable[[Path], Path]:
-    """Makes the same files, of which that of the name will be damaged."""
-    return lambda folder: make(folder).with_name(name)
 
 
 #: Folders of safetensors and JSON with models whose weights are codes.
