@@ -90,6 +90,53 @@ def test_a_file_that_another_tool_wrote_again_has_no_seal_and_loads(quantized, x
     assert torch.equal(qt.export.load("onnx", path)(x), expected)
 
 
+@pytest.mark.parametrize("target", ["onnx", "openvino", "tflite"])
+def test_a_damaged_name_of_a_seal_does_not_switch_the_check_off(target, quantized, x, tmp_path):
+    path = exported(target, quantized, x, tmp_path)
+    data = path.read_bytes()
+    at = data.index(b"qtoolkit.sha256")
+    for place, bit in ((0, 1), (6, 32), (14, 4)):
+        damaged = bytearray(data)
+        damaged[at + place] ^= bit
+        path.write_bytes(damaged)
+        with pytest.raises(InvalidFileError, match="damaged"):
+            qt.export.load(target, path)
+
+
+BAD_EXAMPLES = [
+    (torch.zeros(0, 3, 8, 8), "empty tensor of shape"),
+    (torch.full((2, 3, 8, 8), float("nan")), "NaN or Inf"),
+    (torch.zeros(2, 5, 8, 8), "cannot compute example_inputs"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.long), "cannot compute example_inputs"),
+]
+
+
+@pytest.mark.parametrize(("examples", "message"), BAD_EXAMPLES, ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize("target", ["torchscript", "pt2", "plan", "onnx", "openvino", "tflite"])
+def test_bad_examples_are_named_alike(target, examples, message, quantized, tmp_path):
+    info = qt.export.targets()[target]
+    if not info.available:
+        pytest.skip(info.install)
+    model = qt.compile(quantized, torch.zeros(2, 3, 8, 8)) if target == "plan" else quantized
+    with pytest.raises(ValueError, match=message):
+        getattr(qt.export, target)(model, tmp_path / f"m{info.suffix}", (examples,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_path_for_openvino_and_no_quantized_model_is_said(quantized, x, tmp_path):
+    pytest.importorskip("openvino", reason="pip install 'qtoolkit[openvino]'")
+    with pytest.raises(ValueError, match=r"must end in \.xml"):
+        qt.export.openvino(quantized, tmp_path / "m.onnx", (x,))
+    report = qt.export.torchscript(nn.Conv2d(3, 2, 3).eval(), tmp_path / "m.pt", (x,))
+    assert any("no layer is quantized" in warning for warning in report.warnings)
+    assert not any("no layer" in w for w in qt.export.torchscript(
+        quantized, tmp_path / "q.pt", (x,)).warnings)  # fmt: skip
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        qt.export.load("onnx", tmp_path)
+    with pytest.raises(TypeError, match="input 0 must be a tensor"):
+        qt.export.load("torchscript", tmp_path / "q.pt")(x.numpy())
+
+
 def test_sealed_xml_is_well_formed(quantized, x, tmp_path):
     path = exported("openvino", quantized, x, tmp_path)
     assert path.read_bytes().startswith(b'<?xml version="1.0"?>\n<!-- qtoolkit.sha256 ')

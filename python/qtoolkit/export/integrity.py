@@ -20,7 +20,8 @@ _BLOCK = 1 << 20
 # Tensors are stored as they are; text is compressed, to a seventh where it was measured.
 _RATIO = 100
 _DIGITS = 64
-_FLATBUFFER_KEY = b"qtoolkit.sha256:"
+_KEY = b"qtoolkit.sha256"
+_FLATBUFFER_KEY = _KEY + b":"
 
 
 def _hash(digest: hashlib._Hash, path: Path, start: int) -> None:
@@ -29,6 +30,15 @@ def _hash(digest: hashlib._Hash, path: Path, start: int) -> None:
         file.seek(start)
         while block := file.read(_BLOCK):
             digest.update(block)
+
+
+def _check_marker(path: Path, head: bytes, before: bytes, key: bytes) -> None:
+    """Raises InvalidFileError if what stands in a seal's place is much like one, but none: a
+    flipped bit of its name would else switch the check off."""
+    at = before.index(key)
+    found = head[at : at + len(key)]
+    if sum(a == b for a, b in zip(found, key)) >= len(key) - 3:
+        raise InvalidFileError(f"{path} is damaged: its seal is. Copy or export it again")
 
 
 class Integrity(Protocol):
@@ -81,6 +91,7 @@ class Seal:
         with path.open("rb") as file:
             head = file.read(size)
         if not head.startswith(self.before):
+            _check_marker(path, head, self.before, _KEY)
             return
         digests = self._digests(path, size)
         if head not in [self.before + digest + self.after for digest in digests]:
@@ -133,8 +144,7 @@ def _problem(archive: zipfile.ZipFile, size: int) -> str:
 
 def _protobuf_seal() -> Seal:
     """A seal as ONNX metadata: field 14 of the model, a message of key (1) and value (2)."""
-    key = b"qtoolkit.sha256"
-    entry = bytes([0x0A, len(key)]) + key + bytes([0x12, _DIGITS])
+    entry = bytes([0x0A, len(_KEY)]) + _KEY + bytes([0x12, _DIGITS])
     before = bytes([0x72, len(entry) + _DIGITS]) + entry
     return Seal(before, b"", lambda path: path.with_name(f"{path.name}.data"))
 
@@ -187,6 +197,7 @@ class FlatbufferSeal:
                 "header"
             )
         if not head[8:].startswith(_FLATBUFFER_KEY):
+            _check_marker(path, head[8:], _FLATBUFFER_KEY, _KEY)
             return
         if head[8 + len(_FLATBUFFER_KEY) :] != self._digest(head[:8], path, size):
             raise InvalidFileError(

@@ -306,6 +306,7 @@ class OpenVinoTarget(Target):
     """See ``openvino``."""
 
     suffix = ".xml"
+    fixed_suffix = True
     packages = ("openvino",)
     extra = "openvino"
     integrity = XML_SEAL

@@ -106,6 +106,8 @@ class Target:
     converts: ClassVar[bool] = True
     #: Whether a residual's other branch has codes before the addition, see ``graph.qdq.to_qdq``.
     branches: ClassVar[bool] = True
+    #: Whether its runtime takes files of no other suffix.
+    fixed_suffix: ClassVar[bool] = False
 
     def check(self, job: Job) -> None:
         """Raises UnsupportedError, naming operator and module, if the target cannot hold the
@@ -206,7 +208,14 @@ class LoadedModel:
         self.version = runner.version
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The output, or a tuple where there are several."""
+        """The output, or a tuple where there are several.
+
+        Raises:
+            TypeError: an input is no tensor.
+        """
+        for number, x in enumerate(inputs):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"input {number} must be a tensor, got {type(x).__name__}")
         outputs, _ = self._runner.run(list(inputs), ())
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -222,12 +231,15 @@ def load(target: str, path: str | os.PathLike[str]) -> LoadedModel:
     Raises:
         ValueError: there is no such target.
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         InvalidFileError: it is damaged, or no file of that target. A damaged one is found before
             its runtime reads it; see ``integrity``.
         MissingPackageError: a package is absent; the message gives the command.
     """
     if target not in _TARGETS:
         raise ValueError(f"unknown target {target!r}: use one of {', '.join(_TARGETS)}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; give the file in it")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     instance = _TARGETS[target]()
@@ -255,6 +267,32 @@ def _inputs(example_inputs: Any, target: str) -> tuple[Any, ...]:
             f"forward takes; got {type(example_inputs).__name__}"
         )
     return copy.deepcopy(tuple(example_inputs))
+
+
+def _check_inputs(model: nn.Module, inputs: tuple[Any, ...], target: str) -> None:
+    """Raises ValueError if nothing could be verified with the inputs, or the model cannot compute
+    them, which each exporter would say in words of its own."""
+    for x in tensors_of(inputs):
+        if x.numel() == 0:
+            raise ValueError(
+                f"export.{target}: example_inputs hold an empty tensor of shape {list(x.shape)}, "
+                "with which nothing can be verified"
+            )
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise ValueError(f"export.{target}: example_inputs hold NaN or Inf")
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        given = ", ".join(f"{x.dtype} {list(x.shape)}" for x in tensors_of(inputs))
+        raise ValueError(
+            f"export.{target}: the model cannot compute example_inputs ({given}): {error}"
+        ) from error
+
+
+def _is_float(model: nn.Module) -> bool:
+    """Whether nothing in it is quantized."""
+    return not any(type(module).__module__.startswith("qtoolkit.nn.") for module in model.modules())
 
 
 def _copied(model: Any, target: str, converts: bool) -> nn.Module:
@@ -310,7 +348,9 @@ def run_export(
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is no tuple or tensor.
         UnsupportedError: the target cannot hold the model; nothing was written.
-        ValueError: the model has no QDQ form, see ``graph.qdq.to_qdq``.
+        ValueError: the model has no QDQ form, see ``graph.qdq.to_qdq``; it cannot compute the
+            example inputs, or these are empty or hold NaN or Inf; or the path's suffix is none that
+            the runtime takes.
         MissingPackageError: a package is absent; the message gives the command.
         IsADirectoryError: ``path`` names a folder, or is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -322,10 +362,18 @@ def run_export(
         _require(target, target.runtime, f"verifying a file of export.{target.name}")
     inputs = _inputs(example_inputs, target.name)
     copied = _copied(model, target.name, target.converts)
+    if target.fixed_suffix and os.fspath(path) and Path(path).suffix != target.suffix:
+        raise ValueError(
+            f"export.{target.name}: the path must end in {target.suffix}, got {os.fspath(path)!r}"
+        )
+    if target.converts:  # else its observers would see the inputs
+        _check_inputs(copied, inputs, target.name)
     job = Job(copied, inputs, dynamic_batch, target.branches)
     with staged(path) as temporary:
         target.check(job)
         warnings = target.write(job, temporary)
+        if target.converts and _is_float(copied):
+            warnings.append("no layer is quantized: this is a float model, see qt.convert")
         if target.integrity is not None:
             target.integrity.seal(temporary)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
