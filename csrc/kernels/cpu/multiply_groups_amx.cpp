@@ -98,8 +98,9 @@ inline __attribute__((always_inline)) void store_tiles(int32_t* const (&sums)[2]
   if (kChannelTiles == 2 && kRowTiles == 2) store_tile<3>(sums[1][1], kTile * 4);
 }
 
-// Up to kMostChannels channels. While tiles are multiplied, vector instructions scale the sums of
-// the tiles before and unpack the piece that follows: each takes about as long as the other.
+// Up to kMostChannels channels. Between products of tiles the sums of the tiles before are scaled
+// and the piece that follows is unpacked, which takes about as long as the products. On a Sapphire
+// Rapids core the two did not overlap in a loop (14 ns of tiles, 16 ns of vectors, 35 ns together).
 template <class Unpack>
 class ManyRows {
  public:

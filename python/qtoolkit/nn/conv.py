@@ -37,6 +37,25 @@ _CONV: dict[str, Any] = {
 }
 
 
+def _plan_step(module: Any, kind: str, dtype: torch.dtype, **more: list[int]) -> PlanStep:
+    """The step of a convolution whose input has that dtype."""
+    step = PlanStep(
+        kind,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        relu=module.relu,
+        **more,
+    )
+    step.constant("weight", module.weight)
+    step.constant("weight_scale", module.weight_scale.reshape(-1))
+    step.constant("bias", module.bias)
+    step.input("input", module.input_scale, module.input_zero_point, dtype)
+    step.output(module)
+    return step
+
+
 @saved(**_CONV, residual=QParams, branch=QParams)
 class Conv2d(QuantizedModule):
     """2-D convolution on codes, with ReLU and the addition of a second input fused where asked.
@@ -109,20 +128,8 @@ class Conv2d(QuantizedModule):
         )
 
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep:
-        step = PlanStep(
-            "conv2d",
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            relu=self.relu,
-        )
-        step.constant("weight", self.weight)
-        step.constant("weight_scale", self.weight_scale.reshape(-1))
-        step.constant("bias", self.bias)
-        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
+        step = _plan_step(self, "conv2d", dtypes[0])
         step.input("residual", self.residual_scale, self.residual_zero_point, dtypes[-1])
-        step.output(self)
         return step
 
     def prepare_float(self) -> None:
@@ -330,21 +337,7 @@ class ConvTranspose2d(QuantizedModule):
     def plan_step(self, dtypes: list[torch.dtype]) -> PlanStep | None:
         if max(self.stride) > _LARGEST_STRIDE:
             return None
-        step = PlanStep(
-            "conv_transpose2d",
-            stride=self.stride,
-            padding=self.padding,
-            output_padding=self.output_padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            relu=self.relu,
-        )
-        step.constant("weight", self.weight)
-        step.constant("weight_scale", self.weight_scale.reshape(-1))
-        step.constant("bias", self.bias)
-        step.input("input", self.input_scale, self.input_zero_point, dtypes[0])
-        step.output(self)
-        return step
+        return _plan_step(self, "conv_transpose2d", dtypes[0], output_padding=self.output_padding)
 
     def prepare_float(self) -> None:
         add_bias_scale(self)

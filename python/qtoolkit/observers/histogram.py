@@ -61,13 +61,13 @@ class HistogramObserver(Observer):
     options: ClassVar[tuple[str, ...]] = ("bins",)
 
     histogram: Tensor
+    chosen: tuple[Tensor, Tensor] | None = None  # of the class: older pickles lack it
 
     def __init__(self, spec: TensorSpec | None = None, *, bins: int = 2048, name: str = "") -> None:
         super().__init__(spec, name=name)
         if bins < 2:
             raise ValueError(f"HistogramObserver: needs at least 2 bins, got {bins}")
         self.bins = bins
-        self.chosen: tuple[Tensor, Tensor] | None = None
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
 
     @classmethod
