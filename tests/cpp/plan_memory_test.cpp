@@ -30,7 +30,16 @@ void* operator new(size_t bytes) { return counted_or_throw(bytes, 16); }
 void* operator new(size_t bytes, std::align_val_t alignment) {
   return counted_or_throw(bytes, static_cast<size_t>(alignment));
 }
+// Those too that do not throw: a sanitizer has its own, whose memory the deletes below cannot free.
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 16); }
+void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return counted(bytes, static_cast<size_t>(alignment));
+}
 void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t, const std::nothrow_t&) noexcept {
+  std::free(memory);
+}
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
