@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,17 @@ def settled_model(name: str, size: int, seed: int = 0) -> nn.Module:
         for batch in range(4):
             model(structured_images(8, size, 100 + batch))
     return model.eval()
+
+
+def torch_ao_dynamic(linear: nn.Linear, engine: str) -> Callable[[Tensor], Any]:
+    """torch.ao's dynamically quantized form of a layer, in one of its engines."""
+    from torch.ao.quantization import quantize_dynamic
+
+    torch.backends.quantized.engine = engine
+    model = quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
+
+    def run(x: Tensor) -> Tensor:
+        torch.backends.quantized.engine = engine
+        return model(x)
+
+    return run

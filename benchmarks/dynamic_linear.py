@@ -51,19 +51,6 @@ import qtoolkit as qt  # noqa: E402
 Layer = Callable[[Tensor], object]
 
 
-def torch_ao(linear: nn.Linear, engine: str) -> Layer:
-    from torch.ao.quantization import quantize_dynamic
-
-    torch.backends.quantized.engine = engine
-    model = quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
-
-    def run(x: Tensor) -> Tensor:
-        torch.backends.quantized.engine = engine
-        return model(x)
-
-    return run
-
-
 def onnxruntime(linear: nn.Linear, per_channel: bool) -> Layer:
     import onnx
     import onnxruntime as ort
@@ -98,7 +85,7 @@ def layers(linear: nn.Linear) -> dict[str, Layer]:
         "qtoolkit": lambda: qt.quantize_dynamic(nn.Sequential(linear)),
     }
     for engine in sorted(set(torch.backends.quantized.supported_engines) - {"none"}):
-        makers[f"torch.ao {engine}"] = lambda engine=engine: torch_ao(linear, engine)
+        makers[f"torch.ao {engine}"] = lambda engine=engine: _bench.torch_ao_dynamic(linear, engine)
     for scales in ("per tensor", "per channel"):
         makers[f"ONNX Runtime {scales}"] = lambda scales=scales: onnxruntime(
             linear, scales == "per channel"

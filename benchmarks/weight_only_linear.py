@@ -104,19 +104,6 @@ def pytorch_int4(layer: QuantizedWeightLinear) -> Layer:
     )
 
 
-def torch_ao(linear: nn.Linear, engine: str) -> Layer:
-    from torch.ao.quantization import quantize_dynamic
-
-    torch.backends.quantized.engine = engine
-    model = quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
-
-    def run(x: Tensor) -> Tensor:
-        torch.backends.quantized.engine = engine
-        return model(x)
-
-    return run
-
-
 def layers(linear: nn.Linear) -> dict[str, Layer]:
     exact = quantized(linear, "float32")
     makers: dict[str, Callable[[], Layer]] = {
@@ -126,7 +113,7 @@ def layers(linear: nn.Linear) -> dict[str, Layer]:
         "PyTorch int4": lambda: pytorch_int4(exact),
     }
     for engine in sorted(set(torch.backends.quantized.supported_engines) - {"none", "qnnpack"}):
-        makers[f"torch.ao {engine}"] = lambda engine=engine: torch_ao(linear, engine)
+        makers[f"torch.ao {engine}"] = lambda engine=engine: _bench.torch_ao_dynamic(linear, engine)
     made = {}
     for name, make in makers.items():
         try:

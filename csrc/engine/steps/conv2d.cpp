@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "engine/step.h"
-#include "kernels/conv2d_terms.h"
+#include "engine/weight_terms.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::engine {
@@ -238,35 +238,16 @@ class Convolution : public Step {
     shape_.in_channels = sizes[1];
     shape_.out_channels = sizes[0] / shape_.groups;
     depthwise_ = shape_.groups > 1 && shape_.in_channels == 1 && shape_.out_channels == 1;
-    constexpr int64_t kMostTaps = (int64_t{1} << 31) / (255 * 128);
-    const int64_t taps = checked_product(checked_product(shape_.in_channels, shape_.kernel_height),
-                                         shape_.kernel_width);
-    require(taps <= kMostTaps, taps, " products could overflow the int32 accumulator");
+    require_sums_fit(shape_);
 
-    const Constant scale = attributes.constant("weight_scale", DType::float32, 1);
-    require(scale.elements() == 1 || scale.elements() == sizes[0],
-            "weight_scale must hold one element or one for each output channel");
-    std::optional<Constant> bias;
-    if (attributes.has("bias")) {
-      bias = attributes.constant("bias", DType::int32, 1);
-      require(bias->elements() == sizes[0], "bias must hold one element for each output channel");
-    }
+    const WeightTerms terms(attributes, sizes[0]);
     const auto* weight = static_cast<const int8_t*>(weight_.data.get());
     packed_bytes_ = shape_.weights();
     if (!depthwise_) {
       layout_ = kernels::conv2d_layout(shape_);
       packed_bytes_ = kernels::conv2d_packed_bytes(layout_, shape_, weight);
     }
-    terms_ = kernels::channel_terms(
-        {.shape = shape_,
-         .depthwise = depthwise_,
-         .weight_scale = static_cast<const float*>(scale.data.get()),
-         .one_scale = scale.elements() == 1,
-         .bias = bias ? static_cast<const int32_t*>(bias->data.get()) : nullptr,
-         .x_scale = input_.scale,
-         .x_zero_point = input_.zero_point,
-         .y_scale = output_ ? output_->scale : 1.0f},
-        kernels::weight_sums(shape_, weight));
+    terms_ = terms.of(shape_, depthwise_, input_, output_, weight);
   }
 
   int64_t output_size(int64_t size, size_t axis, int64_t kernel, int64_t dilation) const {

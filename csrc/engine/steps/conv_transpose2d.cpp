@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "engine/step.h"
-#include "kernels/conv2d_terms.h"
+#include "engine/weight_terms.h"
 #include "kernels/kernels.h"
 
 namespace qtoolkit::engine {
@@ -209,15 +209,7 @@ class ConvTranspose2d : public Step {
   }
 
   void make_parts(Attributes& attributes) {
-    const int64_t channels = groups_ * out_channels_;
-    const Constant scale = attributes.constant("weight_scale", DType::float32, 1);
-    require(scale.elements() == 1 || scale.elements() == channels,
-            "weight_scale must hold one element or one for each output channel");
-    std::optional<Constant> bias;
-    if (attributes.has("bias")) {
-      bias = attributes.constant("bias", DType::int32, 1);
-      require(bias->elements() == channels, "bias must hold one element for each output channel");
-    }
+    const WeightTerms terms(attributes, groups_ * out_channels_);
     for (const TransposedAxis& row : kernels::transposed_axes(geometry_[0], geometry_[0].stride)) {
       for (const TransposedAxis& column :
            kernels::transposed_axes(geometry_[1], geometry_[1].stride)) {
@@ -231,10 +223,7 @@ class ConvTranspose2d : public Step {
                       .kernel_width = column.kernel,
                       .dilation_height = row.dilation,
                       .dilation_width = column.dilation};
-        constexpr int64_t kMostTaps = (int64_t{1} << 31) / (255 * 128);
-        const int64_t taps =
-            checked_product(checked_product(in_channels_, row.kernel), column.kernel);
-        require(taps <= kMostTaps, taps, " products could overflow the int32 accumulator");
+        require_sums_fit(part.shape);
         const std::vector<int8_t> weight = weight_of(part);
         part.bytes = part.shape.weights();
         if (!depthwise_) {
@@ -243,16 +232,7 @@ class ConvTranspose2d : public Step {
         }
         part.start = packed_bytes_;
         packed_bytes_ += (part.bytes + kAlignment - 1) / kAlignment * kAlignment;
-        part.terms = kernels::channel_terms(
-            {.shape = part.shape,
-             .depthwise = depthwise_,
-             .weight_scale = static_cast<const float*>(scale.data.get()),
-             .one_scale = scale.elements() == 1,
-             .bias = bias ? static_cast<const int32_t*>(bias->data.get()) : nullptr,
-             .x_scale = input_.scale,
-             .x_zero_point = input_.zero_point,
-             .y_scale = output_ ? output_->scale : 1.0f},
-            kernels::weight_sums(part.shape, weight.data()));
+        part.terms = terms.of(part.shape, depthwise_, input_, output_, weight.data());
         parts_.push_back(std::move(part));
       }
     }
